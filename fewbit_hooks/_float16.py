@@ -1,0 +1,99 @@
+"""Boundaries that a float16 look-up table can apply exactly to float32 inputs.
+
+NOTE [ Sixteen bits decide the code ]
+
+The fastest way found to encode on the CPU is one look-up in a table of all 65,536 values of a 16-bit float
+(measured, 2**24 float32 elements: 0.54 ns an element, seven comparisons 1.4, `torch.bucketize` 7.5). For bfloat16
+and float16 inputs such a table is exact whatever the boundaries are. A float32 input is first multiplied by a *scale*
+(1 but for codebooks whose derivative jumps) and rounded to float16. Rounding is monotone, so this too is a comparison
+with thresholds, but only certain thresholds can be had: the *cuts*, float32 numbers where rounding moves from one
+float16 value to the next. Their relative spacing is 2**-11 to 2**-10, so moving a boundary to the nearest cut costs
+nothing that can be measured, *except* on a jump of the derivative, where every element of the sliver between jump and
+cut gets a level that is wrong by half the jump: there the scale puts a cut on the jump itself.
+
+So a codebook's boundaries are cuts from the start, and what it publishes is what every encoder applies.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+FLOAT16_MAX = 65504.0
+
+
+def snap(boundaries: ArrayLike, scale: float = 1.0) -> NDArray[np.float64]:
+    """Move each boundary to the nearest cut.
+
+    >>> snap([-1.0, 0.3, 2.0])
+    array([-0.99975586,  0.29992676,  1.9995116 ])
+
+    Args:
+        boundaries: float64, any order of magnitude below 65504.
+        scale: what a float32 input is multiplied by before it is rounded to float16.
+
+    Returns:
+        float64 array of the same shape. Each value is a float32 number `b` such that, for every float32 `x`,
+        `x <= b` if and only if `float16(x * scale) <= h` for some float16 number `h`.
+    """
+    boundaries = np.asarray(boundaries, np.float64)
+    with np.errstate(over="ignore"):
+        here = (boundaries * scale).astype(np.float16)
+    neighbours = np.stack([np.nextafter(here, np.float16(-np.inf)), here, np.nextafter(here, np.float16(np.inf))])
+    cuts = _cut_above(neighbours, np.float32(scale))
+    nearest = np.abs(cuts - boundaries).argmin(axis=0)
+    snapped: NDArray[np.float64] = np.take_along_axis(cuts, nearest[None], axis=0)[0]
+    return snapped
+
+
+def scale_for_jump(jump: float) -> float:
+    """The scale, next to 1, with which a cut lies on `jump` (or one float32 below it).
+
+    >>> float(snap([3.0], scale_for_jump(3.0))[0]), float(snap([3.0])[0])
+    (3.0, 3.0009765625)
+    """
+    below = np.abs(np.float16(jump))
+    if not 0 < below < FLOAT16_MAX / 2:
+        return 1.0
+    if below.view(np.uint16) & 1:  # ties go to even: from an odd value the tie itself would move up
+        below = np.nextafter(below, np.float16(0))
+    tie = (np.float64(below) + np.float64(np.nextafter(below, np.float16(np.inf)))) / 2
+    return float(np.float32(tie / abs(jump)))
+
+
+def find_scale(boundaries: ArrayLike) -> float | None:
+    """The scale with which every one of `boundaries` is a cut; None where there is no such scale.
+
+    >>> find_scale(snap([-1.0, 0.3, 2.0])), find_scale([0.1, 0.2])
+    (1.0, None)
+    """
+    boundaries = np.asarray(boundaries, np.float64)
+    if not np.all(np.abs(boundaries) < FLOAT16_MAX / 2):
+        return None
+    singles = boundaries.astype(np.float32)
+    if not np.array_equal(singles, boundaries):
+        return None
+    tries = {1.0}
+    for towards in (-np.inf, np.inf):  # the cut may lie one float32 beside the jump that it was made for
+        tries |= {scale_for_jump(float(b)) for b in np.nextafter(singles, np.float32(towards))}
+    tries |= {scale_for_jump(float(b)) for b in singles}
+    for scale in sorted(tries, key=lambda s: abs(s - 1.0)):
+        if np.array_equal(snap(boundaries, scale), boundaries):
+            return scale
+    return None
+
+
+def _cut_above(h: NDArray[np.float16], scale: np.float32) -> NDArray[np.float64]:
+    """The largest float32 `x` with `float16(x * scale) <= h`."""
+    tie = (h.astype(np.float64) + np.nextafter(h, np.float16(np.inf)).astype(np.float64)) / 2
+    near = (tie / np.float64(scale)).astype(np.float32)
+    candidates = [near]
+    for _ in range(3):
+        candidates.insert(0, np.nextafter(candidates[0], np.float32(-np.inf)))
+        candidates.append(np.nextafter(candidates[-1], np.float32(np.inf)))
+    xs = np.stack(candidates)
+    with np.errstate(over="ignore"):
+        below = (xs * scale).astype(np.float16) <= h
+    last = len(candidates) - 1 - below[::-1].argmax(axis=0)
+    cuts: NDArray[np.float32] = np.take_along_axis(xs, last[None], axis=0)[0]
+    return cuts.astype(np.float64)

@@ -1,0 +1,194 @@
+"""The two hooks: what happens to a tensor that a recognised call saves.
+
+NOTE [ What a packed object holds ]
+
+1. Codes, the table that decodes them, and the layout of the tensor that they stand for. No tensor with a grad_fn:
+autograd
+   owns the packed object, so that would be a cycle that is never collected (pytorch #115255).
+2. What is kept goes as `detach()` with its version, checked when it is unpacked: a tensor that passes through a hook
+   is no longer checked by autograd itself (pytorch #128545).
+3. Nothing of the scope: unpacking works after it has ended, on any thread, twice, in any order.
+
+The pack hook itself lives as long as the node (measured, torch 2.13: the saved variable keeps it), so it lets go of all
+that it holds, the input above all, when its call is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from ._errors import FewbitError, FewbitRuntimeError
+from ._ledger import Ledger, Row, Step
+from ._plan import Plan
+
+NAN = "holds NaN, where stock's gradient depends on the position"
+NO_GAIN = "codes would be no smaller than its storage"
+
+
+class Packed:
+    """Codes in the place of a saved tensor."""
+
+    __slots__ = ("bits", "codes", "layout", "name", "rows", "step")
+
+    def __init__(self, codes: Tensor, rows: Tensor, bits: int, layout: ops.Layout, name: str, step: Step) -> None:
+        self.codes = codes
+        self.rows = rows
+        self.bits = bits
+        self.layout = layout
+        self.name = name
+        self.step = step
+
+    def unpack(self) -> Tensor:
+        """The stand-ins: a tensor for which the node's own backward gives the few-bit derivative."""
+        begin_backward(self.name, self.step)
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            return ops.decode(self.codes, self.rows, self.bits, self.layout)
+
+
+class Kept:
+    """A saved tensor as it is, and its version."""
+
+    __slots__ = ("name", "tensor", "version")
+
+    def __init__(self, tensor: Tensor, name: str) -> None:
+        self.tensor = tensor.detach()
+        self.version = tensor._version
+        self.name = name
+
+    def unpack(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise FewbitRuntimeError(
+                f"a tensor that {self.name} needs for its gradient, of shape {list(self.tensor.shape)}, has been "
+                f"modified by an inplace operation: it is at version {self.tensor._version}, expected {self.version}. "
+                "Replace the inplace operation by its out-of-place form, or clone the tensor first."
+            )
+        return self.tensor
+
+
+def unpack(packed: Packed | Kept) -> Tensor:
+    """The unpack hook."""
+    return packed.unpack()
+
+
+def begin_backward(name: str, step: Step) -> None:
+    """Refuse to be differentiated; settle the ledger."""
+    if torch._C._current_graph_task_id() == -1:
+        return  # somebody looks at `grad_fn._saved_self`; no backward is running
+    if torch.is_grad_enabled():  # inside a backward, exactly under create_graph=True
+        raise FewbitRuntimeError(
+            f"double backward (create_graph=True) through {name}, whose saved tensor was replaced by few-bit codes: "
+            "its second derivative cannot be had from them. Run the forward of that region under "
+            "`with fewbit_hooks.scope(bits=None):` to keep it exact."
+        )
+    if not step.backward_began:
+        step.begin_backward()
+
+
+class PackHook:
+    """The pack hook of one recognised call."""
+
+    __slots__ = ("_codes", "_count", "_keep", "_ledger", "_plan", "_row", "_x")
+
+    def __init__(self, plan: Plan, x: Tensor, ledger: Ledger) -> None:
+        self._plan = plan
+        self._x = x
+        self._ledger = ledger
+        self._count = 0
+        self._keep = False
+        self._row: Row | None = None
+        # Smooth activations are coded from their input, where the boundaries are; that must be before it is
+        # overwritten.
+        self._codes = self._encode(x) if plan.inplace and plan.codebook is not None else None
+
+    def __call__(self, t: Tensor) -> Packed | Kept:
+        plan = self._plan
+        k, self._count = self._count, self._count + 1
+        rows = None if self._keep else plan.rows(k, t.dtype, t.device)
+        if rows is None:  # kept, or an auxiliary tensor of another shape: nothing that codes could replace
+            return Kept(t, plan.activation.name)
+        if t.shape != self._x.shape:
+            raise FewbitError(
+                f"{plan.activation.name} saved a tensor of shape {list(t.shape)}, its input has {list(self._x.shape)}. "
+                f"Please report this; scope(bits={{{plan.activation.name!r}: None, ...}}) keeps it exact."
+            )
+        if self._row is None:
+            reason = self._reason_to_keep(t)
+            self._keep = bool(reason)
+            self._row = self._ledger.row(plan.activation.name, None if reason else plan.bits, reason)
+        self._ledger.original(self._row, t)
+        if self._keep:
+            return Kept(t, plan.activation.name)
+        if self._codes is None:
+            self._codes = self._encode(t if plan.codebook is None else self._x)
+        if k == 0:
+            self._row.stored_bytes += self._codes.nbytes
+        return Packed(self._codes, rows, plan.bits, ops.Layout.of(t), plan.activation.name, self._ledger.step)
+
+    def release(self) -> None:
+        """The call is over; see the note above."""
+        del self._plan, self._x, self._ledger, self._row, self._codes
+
+    def _encode(self, t: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            return ops.encode(t, self._plan.bits, self._plan.coder(t.dtype, t.device))
+
+    def _reason_to_keep(self, t: Tensor) -> str:
+        if ops.packed_bytes(t.numel(), self._plan.bits) >= t.untyped_storage().nbytes():
+            return NO_GAIN
+        if self._plan.activation.nan_by_position and not t.is_cuda and ops.has_nan(t):
+            return NAN
+        return ""
+
+
+def run_coded(plan: Plan, ledger: Ledger, x: Tensor, run: Callable[[], Any]) -> Any:
+    """Make a recognised call with our hooks around it."""
+    pack = PackHook(plan, x, ledger)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return run()
+    finally:
+        pack.release()
+
+
+def run_as_one_node(plan: Plan, ledger: Ledger, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
+    """Run a user's own function as one autograd node that saves nothing but the codes of its input."""
+    y: Tensor = _OneNode.apply(x, plan, ledger, run)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _OneNode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: Plan, ledger: Ledger, run: Callable[[], Tensor]) -> Tensor:
+        version = x._version
+        y = run()  # grad mode is off here: the function's own forward, unrecorded
+        name = plan.activation.name
+        if x._version != version:
+            raise FewbitError(f"{name} overwrites its input; fewbit_hooks.register() takes functions that do not.")
+        if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype:
+            raise FewbitError(
+                f"{name} must return one tensor of its input's shape and dtype to be run as an activation."
+            )
+        codes = ops.encode(x, plan.bits, plan.coder(x.dtype, x.device))
+        row = ledger.row(name, plan.bits)
+        ledger.original(row, x)
+        freed = plan.intermediates(x)  # never kept, so they are gone
+        row.original_bytes += freed
+        row.freed_bytes += freed
+        row.stored_bytes += codes.nbytes
+        ctx.save_for_backward(codes)
+        ctx.plan, ctx.layout, ctx.step = plan, ops.Layout.of(x), ledger.step
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        plan, layout = ctx.plan, ctx.layout
+        begin_backward(plan.activation.name, ctx.step)
+        (codes,) = ctx.saved_tensors
+        with torch._C.DisableTorchFunction():
+            slope = ops.decode(codes, plan.level_rows(layout.dtype, layout.device), plan.bits, layout)
+            return slope.mul_(grad), None, None, None

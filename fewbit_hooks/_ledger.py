@@ -1,0 +1,151 @@
+"""The ledger: what was packed and what was kept, by storage.
+
+NOTE [ Freed means freed ]
+
+Packing a tensor frees nothing while somebody else holds its storage: another node, a view, a variable of the user's. So
+the ledger counts storages, each once, and holds a *weak* reference to each. A storage is freed when that reference is
+found expired. It looks
+
+1. when a scope is left, and whenever a report is asked for, and
+2. when the backward begins (the mode sees `Tensor.backward`, `torch.autograd.backward` and `torch.autograd.grad`);
+
+from then on a storage still there counts as held, because later nodes release theirs as they run, and a shared tensor
+would look freed. Where nothing is seen of the beginning of a backward, the first unpack is its latest sign.
+
+A *step* is all that is recorded from then until something is saved again: the report is about the latest one.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ._modules import ModuleRef, innermost_module, outermost_module
+
+SWEEP = 4096
+"""Storages pending before those already gone are struck off: bounds the ledger of a loop that never runs backward."""
+
+HELD = "its storage is still held: another saved tensor, or a reference of yours"
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """One activation, in one module, treated in one way: the sums of a step."""
+
+    activation: str
+    module: ModuleRef | None
+    model: ModuleRef | None
+    bits: int | None
+    reason: str
+    calls: int = 0
+    original_bytes: int = 0
+    stored_bytes: int = 0
+    freed_bytes: int = 0
+
+
+RowKey = tuple[str, ModuleRef | None, int | None, str]
+
+
+@dataclass(slots=True)
+class Pending:
+    """A storage not yet known to be gone."""
+
+    storage: StorageWeakRef
+    nbytes: int
+    row: Row
+
+
+@dataclass(eq=False)
+class Step:
+    """What one training step saved. A packed object may refer to it: it holds no tensor, and nothing of the scope."""
+
+    lock: threading.Lock
+    rows: dict[RowKey, Row] = field(default_factory=dict)
+    pending: dict[int, Pending] = field(default_factory=dict)
+    backward_began: bool = False
+    sweep_at: int = SWEEP
+
+    def begin_backward(self) -> None:
+        """The last moment at which what is held can be told from what is freed."""
+        with self.lock:
+            if not self.backward_began and self.rows:
+                self.sweep()
+                self.backward_began = True
+
+    def sweep(self) -> None:
+        """Strike off the storages that are gone."""
+        for key, pending in list(self.pending.items()):
+            if pending.storage.expired():
+                # a kept tensor's storage may end too (its graph was dropped): only what was coded counts as freed
+                if pending.row.bits is not None:
+                    pending.row.freed_bytes += pending.nbytes
+                del self.pending[key]
+
+
+class Ledger:
+    """The books of one scope; shared by the threads that use it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.step = Step(self._lock)
+        self.steps = 0
+
+    def row(self, activation: str, bits: int | None, reason: str = "") -> Row:
+        """Count a call; `bits` None says that it is kept, and `reason` why."""
+        module = innermost_module()
+        ref = weakref.ref(module) if module is not None else None
+        with self._lock:
+            row = self._open(activation, ref, bits, reason)
+            if row.calls == 0 and module is not None:
+                row.model = weakref.ref(outermost_module() or module)
+            row.calls += 1
+            return row
+
+    def passed(self, activation: str, reason: str, nbytes: int) -> None:
+        """Count a call that passes at the cost of the look-up: no module, no storage."""
+        with self._lock:
+            row = self._open(activation, None, None, reason)
+            row.calls += 1
+            row.original_bytes += nbytes
+
+    def _open(self, activation: str, module: ModuleRef | None, bits: int | None, reason: str) -> Row:
+        if self.step.backward_began:
+            self.step = Step(self._lock)
+        if not self.step.rows:
+            self.steps += 1
+        key = activation, module, bits, reason
+        row = self.step.rows.get(key)
+        if row is None:
+            row = self.step.rows[key] = Row(activation, module, None, bits, reason)
+        return row
+
+    def original(self, row: Row, tensor: Tensor) -> None:
+        """Stock autograd would have kept this tensor's storage for `row`."""
+        storage = tensor.untyped_storage()
+        with self._lock:
+            pending = self.step.pending
+            if storage._cdata in pending:  # another call saves it too: it is counted once
+                return
+            nbytes = storage.nbytes()
+            row.original_bytes += nbytes
+            # The weak reference keeps the (empty) StorageImpl, so its address names it as long as the entry lasts.
+            pending[storage._cdata] = Pending(StorageWeakRef(storage), nbytes, row)
+            if len(pending) >= self.step.sweep_at:
+                self.step.sweep()
+                self.step.sweep_at = max(SWEEP, 2 * len(self.step.pending))
+
+    def settle(self) -> None:
+        """Look which storages are gone, unless the backward has begun."""
+        with self._lock:
+            if not self.step.backward_began:
+                self.step.sweep()
+
+    def rows(self) -> list[Row]:
+        """The rows of the latest step."""
+        self.settle()
+        with self._lock:
+            return list(self.step.rows.values())

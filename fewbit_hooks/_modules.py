@@ -1,0 +1,53 @@
+"""Which module a call came from, read off the Python stack.
+
+Nothing is installed on the modules: the frames of `nn.Module._call_impl` name them. Only those frames' `f_locals` are
+touched, because before Python 3.13 the dictionary so made lives as long as its frame, and would keep a user's tensors
+alive.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterator
+from types import FrameType
+
+from torch import nn
+
+_CALL = nn.Module._call_impl.__code__
+ModuleRef = weakref.ref[nn.Module]
+
+
+def enclosing_modules() -> Iterator[nn.Module]:
+    """The modules whose forward is running on this thread, innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _CALL:
+            yield frame.f_locals["self"]
+        frame = frame.f_back
+
+
+def innermost_module() -> nn.Module | None:
+    """The module whose forward makes the call; None outside of any."""
+    return next(enclosing_modules(), None)
+
+
+def outermost_module() -> nn.Module | None:
+    """The model: the module whose forward contains all the others."""
+    model = None
+    for model in enclosing_modules():  # noqa: B007
+        pass
+    return model
+
+
+def path(module: ModuleRef | None, model: ModuleRef | None) -> str:
+    """`encoder.layer.0.intermediate`, as `model.named_modules()` names it; the class where it is not there."""
+    found = module() if module else None
+    if found is None:
+        return ""
+    root = model() if model else None
+    if root is not None:
+        for name, candidate in root.named_modules():
+            if candidate is found:
+                return name or type(found).__name__
+    return type(found).__name__

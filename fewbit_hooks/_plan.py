@@ -1,0 +1,143 @@
+"""A plan: how the tensors saved by one call, with one set of parameters, are coded.
+
+Computed once and cached; applying it is the business of the hooks. Everything that depends on the saved tensor's
+dtype and device is made when the first such tensor comes along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import ops
+from ._activations import Activation, Parameter
+from ._codebook import Codebook
+from ._errors import FewbitError
+from ._standins import Function, all_values, derivative_from, intermediates, saved_by, standins, standins_16bit
+
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+Coder = Callable[[Tensor], Tensor]
+Saved = list[Tensor | None]
+
+
+class Plan:
+    """How the tensors saved by one call are coded.
+
+    Attributes:
+        activation, parameters: what the call computes.
+        codebook: None for the two-valued activations.
+        bits: bits an element.
+        inplace: the call overwrites its input.
+    """
+
+    def __init__(
+        self,
+        activation: Activation,
+        parameters: Mapping[str, Parameter],
+        codebook: Codebook | None,
+        function: Function,
+        inplace: bool,
+    ) -> None:
+        self.activation = activation
+        self.parameters = parameters
+        self.codebook = codebook
+        self.bits = codebook.bits if codebook else 1
+        self.inplace = inplace
+        self._function = function
+        self._coders: dict[tuple[torch.dtype, torch.device], Coder] = {}
+        self._rows: dict[tuple[torch.dtype, torch.device], Saved] = {}
+        self._levels: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._intermediates: float | None = None
+        self._thresholds = ops.Thresholds(codebook.boundaries, codebook.folded) if codebook else None
+
+    def coder(self, dtype: torch.dtype, device: torch.device) -> Coder:
+        """What maps a flat chunk to codes: of the input if the activation is smooth, else of the saved tensor."""
+        if self._thresholds is not None:
+            return self._thresholds
+        key = dtype, device
+        if key not in self._coders:
+            self._coders[key] = self._two_valued_coder(dtype, device)
+        return self._coders[key]
+
+    def rows(self, k: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """The decoding table of the k-th tensor that the call saves; None if that one is not of the input's shape.
+
+        Raises:
+            FewbitError: the call saves fewer tensors than that, so that what was learned of it does not hold.
+        """
+        key = dtype, device
+        if key not in self._rows:
+            self._rows[key] = self._decoding_rows(dtype, device)
+        saved = self._rows[key]
+        if k >= len(saved):
+            raise FewbitError(
+                f"{self.activation.name} saved a tensor more than the {len(saved)} it was seen to save. Please report "
+                f"this; scope(bits={{{self.activation.name!r}: None, ...}}) keeps it exact."
+            )
+        return saved[k]
+
+    def level_rows(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The decoding table of the derivative itself, for a call that is run as one node."""
+        assert self.codebook is not None
+        key = dtype, device
+        if key not in self._levels:
+            self._levels[key] = ops.rows(_on(self.codebook.levels, dtype, device), self.bits)
+        return self._levels[key]
+
+    def intermediates(self, x: Tensor) -> int:
+        """The bytes that stock autograd would keep for the call beside the input's storage."""
+        if self._intermediates is None:
+            self._intermediates = intermediates(self._function, x.detach().reshape(-1)[:8])
+        return int(self._intermediates * x.numel() * x.element_size())
+
+    def _two_valued_coder(self, dtype: torch.dtype, device: torch.device) -> Coder:
+        if dtype not in SIXTEEN_BIT:
+            return self._second_value
+        # How a 16-bit kernel rounds its limits (hardtanh's 0.1 in bfloat16) differs from kernel to kernel: ask this
+        # one.
+        values = all_values(dtype).to(device)
+        slope = derivative_from(self._function, [values], values)
+        return ops.Lookup((slope != slope[0]).to(torch.uint8))
+
+    def _second_value(self, v: Tensor) -> Tensor:
+        assert self.activation.second_value is not None
+        return self.activation.second_value(v, **self.parameters)
+
+    def _decoding_rows(self, dtype: torch.dtype, device: torch.device) -> Saved:
+        if self.codebook is None:
+            values = _on(self._two_values(dtype), dtype, device)
+            return [ops.rows(values, self.bits)]
+        if dtype in SIXTEEN_BIT:
+            s = standins_16bit(self._function, self.codebook.levels, dtype)
+        else:
+            s = standins(self._derivative, self.codebook.levels, self.codebook.interval)
+        saved = saved_by(self._function, s.to(device=device, dtype=dtype))
+        return [ops.rows(t.to(dtype), self.bits) if t.shape == s.shape else None for t in saved]
+
+    def _derivative(self, x: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return self.activation.derivative(x, **self.parameters)
+
+    def _two_values(self, dtype: torch.dtype) -> np.ndarray[Any, np.dtype[np.float64]]:
+        """One value for each code, as far from a change of code as there is."""
+        spread = all_values(dtype if dtype in SIXTEEN_BIT else torch.bfloat16).double().numpy()
+        numbers = [p for p in self.parameters.values() if isinstance(p, float) and np.isfinite(p)]
+        # an interval may be too narrow for the spread: add its ends, their mean, and their neighbours
+        near = [
+            np.nextafter(p, side) for p in [*numbers, float(np.mean(numbers or [0]))] for side in (-np.inf, p, np.inf)
+        ]
+        values = np.unique(np.concatenate([spread[np.isfinite(spread)], near]))
+        codes = self.coder(dtype, torch.device("cpu"))(torch.from_numpy(values).to(dtype)).numpy().astype(np.int8)
+        starts = np.flatnonzero(np.diff(codes, prepend=-1))
+        ends = np.append(starts[1:], len(codes))
+        middle = dict[int, float]()
+        for start, end in sorted(zip(starts, ends, strict=True), key=lambda run: run[1] - run[0]):
+            middle[int(codes[start])] = float(values[(start + end) // 2])  # the longest run of each code comes last
+        return np.array([middle.get(0, middle.get(1, 0.0)), middle.get(1, middle.get(0, 0.0))])
+
+
+def _on(values: np.ndarray[Any, np.dtype[np.float64]], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values)).to(dtype).to(device, non_blocking=True)

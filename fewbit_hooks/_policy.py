@@ -1,0 +1,268 @@
+"""The policy: compress a call with how many bits, or keep it exact, and why."""
+
+from __future__ import annotations
+
+import fnmatch
+import numbers
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from . import _activations, _modules
+from ._calls import Call
+from ._catalog import codebook
+from ._codebook import Codebook
+from ._errors import FewbitError, FewbitTypeError, FewbitValueError
+from ._plan import Plan
+
+Bits: TypeAlias = int | Mapping[str, int | None] | Callable[[str, Tensor], int | None] | None
+Exclude: TypeAlias = Iterable[str | type[nn.Module] | Callable[[nn.Module], bool]]
+
+DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+DEVICES = frozenset({"cpu", "cuda"})
+
+OWN_CODEBOOKS = 32
+"""Parameter combinations of one activation for which a codebook is computed (0.1 to 0.5 s each): a parameter that is
+annealed from step to step would otherwise cost that at every step."""
+
+MEASURE = "measured only: bits=None"
+SMALL = "smaller than min_bytes"
+PARAMETER = "a parameter: the model keeps it anyway"
+CHECKPOINT = "inside checkpoint"
+HOOKS = "inside other saved-tensor hooks"
+TRANSFORM = "inside a torch.func transform"
+TRACING = "being traced"
+EXCLUDED = "excluded"
+EXACT = "exact=True, and its derivative is not two-valued"
+
+
+class Keep(Exception):
+    """Not an error: this call stays exact, and the message says why."""
+
+
+def check_bits(bits: object, what: str = "bits") -> int:
+    """`bits` as an int from 1 to 8.
+
+    Raises:
+        FewbitTypeError: it is no integer (a bool is none here).
+        FewbitValueError: it is out of range.
+    """
+    number = _integer(bits)
+    if number is None:
+        raise FewbitTypeError(f"{what} must be an integer from 1 to 8, got {bits!r}")
+    if not 1 <= number <= 8:
+        raise FewbitValueError(f"{what} must be an integer from 1 to 8, got {number}")
+    return number
+
+
+def _integer(value: object) -> int | None:
+    """An int or a numpy integer as an int; None for anything else, a bool among them."""
+    return None if isinstance(value, bool) or not isinstance(value, numbers.Integral) else int(value)
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """The arguments of a scope, validated."""
+
+    bits: Bits = 3
+    min_bytes: int = 65536
+    exclude: tuple[Any, ...] = ()
+    exact: bool = False
+    codebooks: Mapping[str, Codebook] = field(default_factory=dict)
+
+    def bits_for(self, name: str, x: Tensor, exact: bool) -> int | None:
+        """The bits given for an activation; None keeps it. The two-valued ones take 1 where they are not turned off."""
+        if isinstance(self.bits, Mapping):
+            bits = self.bits.get(name, self.bits.get("default", 1 if exact else None))
+        elif callable(self.bits):
+            bits = self.bits(name, x)
+            if bits is not None:
+                check_bits(bits, f"bits: the callable's answer for {name!r}")
+        else:
+            bits = self.bits
+        return 1 if bits is not None and exact else bits
+
+
+def check_settings(
+    bits: Bits, min_bytes: int, exclude: Exclude, exact: bool, recompute: bool, engine: str, codebooks: object
+) -> Settings:
+    """Validate the arguments of a scope.
+
+    Raises:
+        FewbitTypeError, FewbitValueError: what was given, what is allowed.
+        FewbitError: what this version does not have yet.
+    """
+    if isinstance(bits, Mapping):
+        for name, value in bits.items():
+            if name != "default":
+                _activations.find(name)
+            if value is not None:
+                check_bits(value, f"bits[{name!r}]")
+        bits = dict(bits)
+    elif bits is not None and not callable(bits):
+        bits = check_bits(bits)
+    smallest = _integer(min_bytes)
+    if smallest is None:
+        raise FewbitTypeError(f"min_bytes must be an integer of 0 or more, got {min_bytes!r}")
+    if smallest < 0:
+        raise FewbitValueError(f"min_bytes must be an integer of 0 or more, got {smallest}")
+    switches: dict[str, object] = {"exact": exact, "recompute": recompute}
+    for name, on in switches.items():
+        if not isinstance(on, bool):
+            raise FewbitTypeError(f"{name} must be True or False, got {on!r}")
+    if recompute:
+        raise FewbitError(
+            "recompute=True is not available in this version. Leave it out; activations are coded without it."
+        )
+    if engine not in ("hooks", "fused", "auto"):
+        raise FewbitValueError(f"engine must be 'hooks', 'fused' or 'auto', got {engine!r}")
+    if engine == "fused":
+        raise FewbitError("engine='fused' is not available in this version. Use 'auto' or 'hooks'.")
+    return Settings(bits, smallest, _check_exclude(exclude), exact, _check_codebooks(codebooks))
+
+
+def _check_exclude(exclude: Exclude) -> tuple[Any, ...]:
+    if isinstance(exclude, str) or not isinstance(exclude, Iterable):
+        exclude = (exclude,)
+    rules = tuple(exclude)
+    for rule in rules:
+        if not (isinstance(rule, str) or callable(rule)):
+            raise FewbitTypeError(
+                f"exclude takes names of modules (glob patterns), nn.Module classes and predicates, got {rule!r}"
+            )
+    return rules
+
+
+def _check_codebooks(codebooks: object) -> dict[str, Codebook]:
+    given = codebooks.values() if isinstance(codebooks, Mapping) else codebooks
+    if isinstance(given, Codebook):
+        given = (given,)
+    if isinstance(given, str) or not isinstance(given, Collection):
+        raise FewbitTypeError(f"codebooks takes Codebook objects, got {codebooks!r}")
+    for book in given:
+        if not isinstance(book, Codebook):
+            raise FewbitTypeError(f"codebooks takes Codebook objects, got {book!r}")
+        if _activations.find(book.name).exact:
+            raise FewbitValueError(f"codebooks: {book.name} is exact at 1 bit and has no codebook")
+    if isinstance(codebooks, Mapping):
+        for name, book in codebooks.items():
+            if name != book.name:
+                raise FewbitValueError(f"codebooks: {name!r} maps to a codebook of {book.name!r}")
+    return {book.name: book for book in given}
+
+
+def disabled() -> bool:
+    """FEWBIT_DISABLE is set in the environment (to anything but 0 or nothing)."""
+    return os.environ.get("FEWBIT_DISABLE", "0") not in ("", "0")
+
+
+def excluded(rules: tuple[Any, ...]) -> bool:
+    """A rule names the running module, or one around it."""
+    chain = list(_modules.enclosing_modules())
+    for rule in rules:
+        if isinstance(rule, str):
+            names = {id(m): name for name, m in chain[-1].named_modules()} if chain else {}
+            if any(fnmatch.fnmatchcase(names.get(id(m), ""), rule) for m in chain):
+                return True
+        elif isinstance(rule, type):
+            if any(isinstance(m, rule) for m in chain):
+                return True
+        elif any(rule(m) for m in chain):
+            return True
+    return False
+
+
+def obstacle(x: Tensor, hooks: object) -> str:
+    """Why this tensor cannot be coded here, whatever the settings; empty where it can.
+
+    Args:
+        x: the input of a recognised call.
+        hooks: the innermost saved-tensor hooks when the scope was entered.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return TRANSFORM  # grad-like transforms raise at any saved-tensor hook, and vmap's tensors are wrapped
+    if type(x) is not Tensor:
+        return PARAMETER if type(x) is nn.Parameter else f"a {type(x).__name__}: wrapper subclasses are kept"
+    if x.dtype not in DTYPES:
+        return f"dtype {str(x.dtype).removeprefix('torch.')}"
+    if x.layout is not torch.strided or x.is_nested:
+        return "a nested tensor" if x.is_nested else f"layout {str(x.layout).removeprefix('torch.')}"
+    if x.device.type not in DEVICES:
+        return f"device {x.device.type}"
+    if torch._C._get_tracing_state() is not None:
+        return TRACING
+    top = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if top is not None and (hooks is None or top[0] is not hooks):
+        # innermost hooks win; packing inside a non-reentrant checkpoint takes from it what it expects to see
+        return CHECKPOINT if top[0].__module__ == "torch.utils.checkpoint" else HOOKS
+    return ""
+
+
+def innermost_hooks() -> object:
+    """The pack hook that autograd would call now; None where there is none."""
+    top = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return top[0] if top is not None else None
+
+
+_plans: dict[Any, Plan] = {}
+_own_parameters: dict[str, set[Any]] = {}
+MAX_PLANS = 4096
+
+
+def make_plan(
+    settings: Settings, call: Call, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], x: Tensor
+) -> Plan:
+    """How to code this call: cached by the callable, its arguments but the input, and the bits.
+
+    Raises:
+        Keep: it stays exact.
+    """
+    activation = call.activation
+    if activation is None:
+        raise Keep(call.kept)
+    bits = settings.bits_for(call.name, x, activation.exact)
+    if bits is None:
+        raise Keep(f"no bits are given for {call.name}")
+    if settings.exact and not activation.exact:
+        raise Keep(EXACT)
+    rest = args[1:]
+    named = {k: v for k, v in kwargs.items() if k not in ("input", "self")}
+    for value in (*rest, *named.values()):
+        if not isinstance(value, (int, float, str, type(None))):  # a tensor as a key would match after it has changed
+            raise Keep(f"an argument of {call.name} is a {type(value).__name__}")
+    book = settings.codebooks.get(call.name)
+    key = function, rest, tuple(named.items()), bits, book
+    plan = _plans.get(key)
+    if plan is None:
+        try:
+            parameters, inplace = call.parameters(args, kwargs)
+        except FewbitError as error:
+            raise Keep(str(error)) from None
+        if not activation.exact and (book is None or dict(book.parameters) != parameters):
+            _limit_own(activation, parameters)
+            book = codebook(call.name, bits, weight=activation.weight, interval=activation.interval, **parameters)
+        if (
+            inplace
+            and min(v for v in (0.0, *parameters.values()) if isinstance(v, float)) < 0
+            and call.name != "hardtanh"
+        ):
+            raise Keep(f"in place with a negative parameter of {call.name}, which its backward may not support")
+        plan = Plan(activation, parameters, book, lambda t: function(t, *rest, **named), inplace)
+        if len(_plans) >= MAX_PLANS:  # parameters that change at every call, as in adaptive clipping
+            _plans.clear()
+        _plans[key] = plan
+    return plan
+
+
+def _limit_own(activation: _activations.Activation, parameters: Mapping[str, Any]) -> None:
+    if parameters == dict(activation.parameters):
+        return
+    seen = _own_parameters.setdefault(activation.name, set())
+    key = tuple(parameters.items())
+    if key not in seen and len(seen) >= OWN_CODEBOOKS:
+        raise Keep(f"more than {OWN_CODEBOOKS} combinations of {activation.name}'s parameters")
+    seen.add(key)

@@ -1,0 +1,269 @@
+"""The scope: what happens to the tensors that autograd saves inside it.
+
+Read this first. A scope is open on a thread (`_stack.py`). While it is, a `TorchFunctionMode` sees every torch call
+of that thread. Calls that are not in the registry (`_calls.py`) run as they are, with no hooks at all. Around a
+recognised call, the policy (`_policy.py`) having nothing against it, two saved-tensor hooks are put (`_hooks.py`):
+the pack hook replaces what the node saves by packed codes (`ops/`), the unpack hook hands it stand-ins
+(`_standins.py`), for which the node's own backward gives the derivative that the codebook (`_codebook.py`) has for
+each code. The ledger (`_ledger.py`) keeps the books.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Generator, Iterator
+from types import TracebackType
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from . import _hooks, _policy, _stack
+from ._calls import BACKWARD, RECOGNISED, Call
+from ._errors import FewbitError, FewbitTypeError, FewbitWarning
+from ._ledger import Ledger
+from ._policy import Bits, Exclude, Keep
+from ._report import Report
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_NO_BYTES = frozenset({_policy.CHECKPOINT, _policy.HOOKS, _policy.TRANSFORM, _policy.TRACING})
+"""Reasons that say that others, and not this call's node, decide what is kept."""
+
+
+class scope:
+    """Inside it, what autograd keeps of each recognised activation shrinks to `bits` bits an element.
+
+    >>> import torch, fewbit_hooks as fewbit
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 10))
+    >>> with fewbit.scope(bits=3, min_bytes=0) as memory:
+    ...     loss = model(torch.randn(32, 64)).square().mean()
+    >>> loss.backward()
+    >>> memory.report().original_bytes, memory.report().stored_bytes
+    (32768, 3072)
+
+    The forward is bit for bit what it was; the gradients are those of a piecewise-constant derivative, or, for
+    activations whose derivative has two values (relu and its like), exactly stock's. Backward may run inside or
+    outside of the scope.
+
+    It decorates functions, methods and generator functions (which are inside while their own code runs). It nests: the
+    innermost scope wins, so `scope(bits=None)` inside another keeps a region exact. One object may be entered again,
+    reused, and used by several threads; it is in force on the threads that entered it, and on no other. A scope is
+    about the thread, not the asyncio task: tasks that interleave on one thread share what is open on it.
+
+    Args:
+        bits: 1 to 8 for the smooth activations (the two-valued ones take 1). Or a mapping such as
+            `{"gelu": 2, "silu": 4, "default": 3}`, where None keeps an activation exact, as does leaving a smooth one
+            out without a "default"; or a callable `(activation_name, tensor) -> int | None`; or None: measure only.
+        min_bytes: tensors smaller than this many bytes pass through. 0: none do.
+        exclude: modules left alone: names as `model.named_modules()` gives them (glob patterns), classes, predicates.
+        exact: only what is lossless.
+        recompute: exact recomputation of pointwise outputs. Not available in this version.
+        engine: "auto" or "hooks".
+        codebooks: codebooks to use in place of the built-in ones, each for its activation and parameters, with its
+            own bits.
+
+    Raises:
+        FewbitError: an argument is wrong (FewbitTypeError, FewbitValueError) or not available.
+
+    What it cannot compress it keeps exact, and `report()` says how much and why. Double backward (`create_graph=True`)
+    through a compressed activation raises a FewbitError. Setting FEWBIT_DISABLE=1 in the environment turns every scope
+    into a no-op.
+
+    Source: Novikov et al., "Few-Bit Backward", arXiv:2202.00441, section 3.
+    """
+
+    def __init__(
+        self,
+        bits: Bits = 3,
+        *,
+        min_bytes: int = 65536,
+        exclude: Exclude = (),
+        exact: bool = False,
+        recompute: bool = False,
+        engine: str = "auto",
+        codebooks: Any = (),
+    ) -> None:
+        self._settings = _policy.check_settings(bits, min_bytes, exclude, exact, recompute, engine, codebooks)
+        self._ledger = Ledger()
+        self._warned = False
+
+    def __repr__(self) -> str:
+        return f"fewbit_hooks.scope(bits={self._settings.bits!r}, min_bytes={self._settings.min_bytes})"
+
+    def __enter__(self) -> scope:
+        self._enter(enabled=False)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        mine = [entry for entry in _stack.entries() if entry.scope is self and not entry.enabled]
+        if not mine:
+            raise FewbitError("this scope is not open on this thread: it is left on the thread that entered it")
+        self._leave(mine[-1])
+        if kind is None and not mine[-1].inert:
+            self._warn_if_nothing_was_compressed()
+
+    def _enter(self, *, enabled: bool) -> _stack.Entry:
+        entry = _stack.Entry(self, inert=_policy.disabled(), enabled=enabled)
+        _stack.push(entry, _Mode)
+        return entry
+
+    def _leave(self, entry: _stack.Entry) -> None:
+        _stack.remove(entry)
+        self._ledger.settle()
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[None]:
+        entry = self._enter(enabled=False)
+        try:
+            yield
+        finally:
+            self._leave(entry)
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Decorate a function, a method or a generator function."""
+        if inspect.isclass(function):
+            raise FewbitTypeError(
+                f"a scope decorates functions, got the class {function.__name__}: decorate its forward"
+            )
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            raise FewbitTypeError(
+                f"a scope does not decorate the coroutine function {function.__name__}: other tasks would run inside "
+                "it while it awaits. Open the scope inside, around code that does not await."
+            )
+        if not callable(function):
+            raise FewbitTypeError(f"a scope decorates functions, got {function!r}")
+        if inspect.isgeneratorfunction(function):
+            return cast(Callable[P, R], self._wrap_generator(function))
+
+        @functools.wraps(function, updated=() if isinstance(function, nn.Module) else ("__dict__",))
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+            with self:
+                return function(*args, **kwargs)
+
+        return wrapper
+
+    def _wrap_generator(self, function: Callable[P, Generator[Any, Any, Any]]) -> Callable[P, Generator[Any, Any, Any]]:
+        @functools.wraps(function)
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> Generator[Any, Any, Any]:
+            generator = function(*args, **kwargs)
+            resume: Callable[[], Any] = functools.partial(next, generator)
+            try:
+                while True:
+                    try:
+                        with (
+                            self._open()
+                        ):  # only while the generator's own code runs, not the caller's between two items
+                            item = resume()
+                    except StopIteration as stop:
+                        return stop.value
+                    try:
+                        sent = yield item
+                        resume = functools.partial(generator.send, sent)
+                    except GeneratorExit:
+                        raise
+                    except BaseException as error:
+                        resume = functools.partial(generator.throw, error)
+            finally:
+                with self:  # this, the last time, looks whether anything was compressed
+                    generator.close()
+
+        return wrapper
+
+    def report(self) -> Report:
+        """What the latest step saved, stored and freed, by activation and module, and what was kept and why.
+
+        A step is all that was saved since the last backward began.
+        """
+        return Report.from_ledger(self._ledger, self._settings.bits is None)
+
+    def _warn_if_nothing_was_compressed(self) -> None:
+        if self._warned or self._settings.bits is None or not torch.is_grad_enabled():
+            return
+        rows = self._ledger.rows()
+        if any(row.bits is not None for row in rows):
+            self._warned = True  # once it has compressed something it needs no such warning any more
+            return
+        self._warned = True
+        reasons = sorted({f"{row.reason} ({row.activation})" for row in rows})
+        why = "; ".join(reasons) or (
+            "no recognised activation was called with an input that requires grad. Calls inside compiled or scripted "
+            "functions are not seen; `python -m fewbit_hooks doctor` lists the recognised ones"
+        )
+        warnings.warn(f"fewbit_hooks.scope compressed nothing: {why}.", FewbitWarning, stacklevel=3)
+
+    # A copy or an unpickled scope has the settings, and books of its own.
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_settings": self._settings}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._ledger = Ledger()
+        self._warned = False
+
+
+class _Mode(TorchFunctionMode):
+    """Sees every torch call of its thread. One a thread; `entry` is the active scope's."""
+
+    entry: _stack.Entry | None = None
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        call = RECOGNISED.get(func)
+        if call is None:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        kwargs = kwargs or {}
+        if call is BACKWARD:
+            for entry in _stack.entries():
+                entry.scope._ledger.step.begin_backward()
+            return func(*args, **kwargs)
+        if self.entry is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        return _recognised(self.entry, call, func, args, kwargs)
+
+
+def _recognised(entry: _stack.Entry, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make a recognised call: coded, or as it is."""
+    x = call.input(args, kwargs)
+    if not isinstance(x, Tensor):
+        return func(*args, **kwargs)
+    settings, ledger = entry.scope._settings, entry.scope._ledger
+    reason = _policy.obstacle(x, entry.hooks)
+    if reason in _NO_BYTES:
+        ledger.passed(call.name, reason, 0)
+        return func(*args, **kwargs)
+    if not x.requires_grad:
+        return func(*args, **kwargs)
+    if not reason and (nbytes := x.numel() * x.element_size()) < max(settings.min_bytes, 1):
+        ledger.passed(call.name, _policy.SMALL, nbytes)
+        return func(*args, **kwargs)
+    try:
+        if reason:
+            raise Keep(reason)
+        if settings.bits is None:
+            raise Keep(_policy.MEASURE)
+        if settings.exclude and _policy.excluded(settings.exclude):
+            raise Keep(_policy.EXCLUDED)
+        plan = _policy.make_plan(settings, call, func, args, kwargs, x)
+    except Keep as keep:
+        return _keep(ledger, call, str(keep), x, functools.partial(func, *args, **kwargs))
+    run = functools.partial(call.one_node or func, *args, **kwargs)
+    if call.one_node is not None:
+        return _hooks.run_as_one_node(plan, ledger, x, run)
+    return _hooks.run_coded(plan, ledger, x, run)
+
+
+def _keep(ledger: Ledger, call: Call, reason: str, x: Tensor, run: Callable[[], Any]) -> Any:
+    y = run()
+    if isinstance(y, Tensor) and y.requires_grad:
+        saves_output = call.activation is not None and call.activation.saves == "output"
+        ledger.original(ledger.row(call.name, None, reason), y if saves_output else x)
+    return y

@@ -1,0 +1,104 @@
+"""The scopes that are open on each thread, and the one mode that serves them.
+
+NOTE [ One mode a thread ]
+
+Were every scope a mode of its own, a call would be handed from the inner mode to the outer one, whose hooks would
+then be nearest to the operation: the outer scope would win. So at most one mode of ours is on a thread's stack of
+modes; entering a scope makes it the active one, leaving restores the one before. What belongs to one entry lives here
+and never on the scope, which can thus be entered again, and by several threads at once.
+
+Leaving takes away the scope's own entry even when it is not the last one (generators and asyncio tasks interleave),
+and the mode when no entry needs it any more, even when other modes have been pushed on top of it.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ._policy import innermost_hooks
+
+if TYPE_CHECKING:
+    from ._scope import scope
+
+
+class Entry:
+    """One entry of a scope on one thread.
+
+    Attributes:
+        hooks: the innermost saved-tensor pack hook when the scope was entered: others that come later go before ours.
+        inert: FEWBIT_DISABLE was set.
+        enabled: it was `enable()` that entered.
+        pushed: this entry put the mode on the thread's stack of modes.
+    """
+
+    __slots__ = ("enabled", "hooks", "inert", "pushed", "scope")
+
+    def __init__(self, scope: scope, *, inert: bool, enabled: bool) -> None:
+        self.scope = scope
+        self.hooks = None if inert else innermost_hooks()
+        self.inert = inert
+        self.enabled = enabled
+        self.pushed = False
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+        self.mode: Any = None
+
+
+_thread = _Thread()
+
+
+def entries() -> list[Entry]:
+    """The open entries of this thread, outermost first."""
+    return _thread.entries
+
+
+def active() -> Entry | None:
+    """The innermost entry of this thread that does anything."""
+    return next((e for e in reversed(_thread.entries) if not e.inert), None)
+
+
+def push(entry: Entry, mode_class: type[TorchFunctionMode]) -> None:
+    """Make `entry` the active one of this thread."""
+    if _thread.mode is None:
+        _thread.mode = mode_class()
+    _thread.entries.append(entry)
+    # Inside a call that is being dispatched (a backward, say) torch has taken the mode off for its duration.
+    if not entry.inert and not _on_stack(_thread.mode):
+        _thread.mode.__enter__()
+        entry.pushed = True
+    _thread.mode.entry = active()
+
+
+def remove(entry: Entry) -> None:
+    """Take away one entry; the one below becomes active if it was the last."""
+    position = _thread.entries.index(entry)
+    later = [e for e in _thread.entries[position + 1 :] if not e.inert]
+    del _thread.entries[position]
+    if entry.pushed:
+        if later and not later[0].pushed:
+            later[0].pushed = True  # it relies on the mode that this entry put there
+        else:
+            _take_off(_thread.mode)
+    _thread.mode.entry = active()
+
+
+def _on_stack(mode: TorchFunctionMode) -> bool:
+    return any(torch._C._get_function_stack_at(i) is mode for i in range(torch._C._len_torch_function_stack()))
+
+
+def _take_off(mode: TorchFunctionMode) -> None:
+    above = []
+    while torch._C._len_torch_function_stack():
+        top = torch._C._pop_torch_function_stack()
+        if top is mode:
+            break
+        above.append(top)
+    for other in reversed(above):
+        torch._C._push_on_torch_function_stack(other)

@@ -1,0 +1,92 @@
+"""Coders: from the elements of a chunk to their codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from .. import _float16
+
+Coder = Callable[[Tensor], Tensor]
+"""Maps a contiguous 1-D chunk to its codes: uint8, or bool where there is one bit."""
+
+
+class Lookup:
+    """The coder of a 16-bit dtype that looks each value up.
+
+    >>> values = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    >>> Lookup((values >= 1).to(torch.uint8))(torch.tensor([0.5, 1.0, 2.0], dtype=torch.bfloat16))
+    tensor([0, 1, 1], dtype=torch.uint8)
+
+    Args:
+        table: uint8, the code of each of the 65,536 values in the order of their bits; on the device of the chunks.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        self._table = table
+
+    def __call__(self, chunk: Tensor) -> Tensor:
+        index = chunk.view(torch.uint16).to(torch.int64)
+        return look_up(self._table, index, torch.empty_like(chunk, dtype=torch.uint8))
+
+
+class Thresholds:
+    """The coder of a codebook: code i where boundaries[i-1] < x <= boundaries[i].
+
+    >>> Thresholds([-1.0, 0.0, 2.0])(torch.tensor([-1.0, -0.5, 1.0, 9.0]))
+    tensor([0, 1, 2, 3], dtype=torch.uint8)
+
+    Sixteen-bit inputs, and float32 inputs where `_float16.find_scale` finds a scale, are looked up (see the note in
+    `_float16`); all others are bucketized. The codes are the same. What a device needs is copied there on first use and
+    kept: a later use copies nothing, so that a CUDA graph can be captured after one warm-up.
+
+    Args:
+        boundaries: ascending, float64.
+        folded: whether the boundaries are on |x|.
+    """
+
+    def __init__(self, boundaries: ArrayLike, folded: bool = False) -> None:
+        boundaries = np.asarray(boundaries, np.float64)
+        self.folded = folded
+        cpu = torch.device("cpu")
+        self._boundaries = {cpu: torch.tensor(boundaries, dtype=torch.float64, device=cpu)}
+        self._scales = {torch.float32: _float16.find_scale(boundaries), torch.float16: 1.0, torch.bfloat16: 1.0}
+        self._lookups: dict[tuple[torch.dtype, torch.device], Lookup] = {}
+
+    def __call__(self, chunk: Tensor) -> Tensor:
+        """The codes of a chunk, the fast way where there is one."""
+        scale = self._scales.get(chunk.dtype)
+        if scale is None:
+            return self.bucketize(chunk)
+        lookup = self._lookup(chunk.dtype, chunk.device, scale)
+        if chunk.dtype == torch.float32:
+            chunk = (chunk if scale == 1.0 else chunk * scale).half()
+        return lookup(chunk)
+
+    def bucketize(self, chunk: Tensor) -> Tensor:
+        """The slow twin: float64 holds every input and every boundary exactly, so this is the definition itself."""
+        exact = chunk.double()
+        if chunk.device not in self._boundaries:
+            self._boundaries[chunk.device] = self._boundaries[torch.device("cpu")].to(chunk.device, non_blocking=True)
+        boundaries = self._boundaries[chunk.device]
+        return torch.bucketize(exact.abs() if self.folded else exact, boundaries, out_int32=True).to(torch.uint8)
+
+    def _lookup(self, dtype: torch.dtype, device: torch.device, scale: float) -> Lookup:
+        if (dtype, device) not in self._lookups:
+            bits = torch.arange(1 << 16, dtype=torch.int32, device="cpu").to(torch.uint16)
+            values = bits.view(torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
+            table = self.bucketize(values.double() / scale)
+            self._lookups[dtype, device] = Lookup(table.to(device, non_blocking=True))
+        return self._lookups[dtype, device]
+
+
+def look_up(table: Tensor, index: Tensor, out: Tensor) -> Tensor:
+    """`out[:] = table[index]`, all 1-D; returns `out`."""
+    # As lines: gather shares lines out among the CPU's threads, a single one not at all (on 2 cores twice the time).
+    lines = 64 if index.numel() % 64 == 0 else 1
+    torch.gather(table.expand(lines, -1), 1, index.view(lines, -1), out=out.view(lines, -1))
+    return out

@@ -1,0 +1,74 @@
+"""How a tensor lies in memory, and its elements as one flat sequence of chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Elements worked on at a time: what lies between a tensor and its codes is never larger than a chunk.
+# (measured, CPU, 2 cores) 2**18 to 2**20 are alike, 2**15 takes 1.3 times as long; on CUDA a kernel launch costs more.
+# Multiples of 8, so that every chunk but the last ends on a whole byte.
+CHUNK = 1 << 20
+CHUNK_CUDA = 1 << 22
+
+
+class Layout(NamedTuple):
+    """Shape, strides, dtype and device of a *dense* tensor: one that fills its memory without gaps or overlaps.
+
+    >>> Layout.of(torch.zeros(2, 3).t()).stride, Layout.of(torch.zeros(2, 6)[:, ::2]).stride
+    ((1, 3), (3, 1))
+    """
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, x: Tensor) -> Layout:
+        """The strides of `x` itself where it is dense, else those that `torch.empty_like` gives it."""
+        like = x if x.is_contiguous() else torch.empty_like(x, device="meta")
+        return cls(tuple(x.shape), like.stride(), x.dtype, x.device)
+
+    def empty(self) -> Tensor:
+        """A tensor of this layout, not initialised."""
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+
+
+def chunk_size(device: torch.device) -> int:
+    """The number of elements to work on at a time."""
+    return CHUNK_CUDA if device.type == "cuda" else CHUNK
+
+
+def chunks(x: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The elements of `x`, in the memory order of its `Layout`, as `(start, contiguous 1-D piece)`.
+
+    Every piece but the last has `chunk_size` elements. The pieces of a dense tensor are views of it;
+    of any other tensor (sliced, expanded, overlapping) one piece at a time is copied.
+    """
+    stride = Layout.of(x).stride
+    in_order = x.permute(sorted(range(x.dim()), key=lambda dim: -stride[dim]))
+    if in_order.is_contiguous():
+        in_order = in_order.view(-1)
+    n, step = x.numel(), chunk_size(x.device)
+    for start in range(0, n, step):
+        yield start, _piece(in_order, start, min(start + step, n)).contiguous()
+
+
+def _piece(x: Tensor, start: int, stop: int) -> Tensor:
+    """`x.reshape(-1)[start:stop]`, never copying more than that piece."""
+    if x.dim() == 1:
+        return x[start:stop]
+    row = x.numel() // x.shape[0]
+    first, last = -(-start // row), stop // row  # the rows first:last lie in the piece as a whole
+    if first > last:
+        return _piece(x[last], start - last * row, stop - last * row)
+    parts = [x[first:last].reshape(-1)]
+    if start < first * row:
+        parts.insert(0, _piece(x[first - 1], start - (first - 1) * row, row))
+    if last * row < stop:
+        parts.append(_piece(x[last], 0, stop - last * row))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
