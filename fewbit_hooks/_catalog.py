@@ -178,9 +178,8 @@ def _normal(name: Any, mean: Any, std: Any) -> Weight:
     def density(x: Array) -> Array:
         return np.asarray(np.exp(-0.5 * ((x - mean) / std) ** 2) / (std * np.sqrt(2 * np.pi)))
 
-    content = ("normal", mean, std)
     interval = (mean - NORMAL_REACH * std, mean + NORMAL_REACH * std)
-    return Weight(f"normal({_short(mean)}, {_short(std)})", interval, content, density)
+    return Weight(f"normal({_short(mean)}, {_short(std)})", interval, "normal", density)
 
 
 def _histogram(counts: Any, edges: Any) -> Weight:

@@ -127,7 +127,7 @@ class Codebook:
             value = getattr(self, field.name)
             if isinstance(value, np.ndarray):
                 numbers = f'"{field.name}": {json.dumps(value.tolist())}'
-                lines.append(textwrap.fill(numbers, 118, subsequent_indent="    ", break_on_hyphens=False))
+                lines.append(textwrap.fill(numbers, 118, subsequent_indent="    "))
             else:
                 value = dict(value) if isinstance(value, Mapping) else value
                 lines.append(f'"{field.name}": {json.dumps(value)}')

@@ -45,6 +45,7 @@ class Row:
     original_bytes: int = 0
     stored_bytes: int = 0
     freed_bytes: int = 0
+    module_class: str = ""
 
 
 RowKey = tuple[str, ModuleRef | None, int | None, str]
@@ -102,6 +103,7 @@ class Ledger:
             row = self._open(activation, ref, bits, reason)
             if row.calls == 0 and module is not None:
                 row.model = weakref.ref(outermost_module() or module)
+                row.module_class = type(module).__name__
             row.calls += 1
             return row
 

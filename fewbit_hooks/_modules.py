@@ -41,13 +41,8 @@ def outermost_module() -> nn.Module | None:
 
 
 def path(module: ModuleRef | None, model: ModuleRef | None) -> str:
-    """`encoder.layer.0.intermediate`, as `model.named_modules()` names it; the class where it is not there."""
-    found = module() if module else None
-    if found is None:
+    """`encoder.layer.0.intermediate`, as `model.named_modules()` names it; empty where it does not, or not any more."""
+    found, root = (module() if module else None), (model() if model else None)
+    if found is None or root is None:
         return ""
-    root = model() if model else None
-    if root is not None:
-        for name, candidate in root.named_modules():
-            if candidate is found:
-                return name or type(found).__name__
-    return type(found).__name__
+    return next((name for name, candidate in root.named_modules() if candidate is found), "")

@@ -130,13 +130,20 @@ class Plan:
             np.nextafter(p, side) for p in [*numbers, float(np.mean(numbers or [0]))] for side in (-np.inf, p, np.inf)
         ]
         values = np.unique(np.concatenate([spread[np.isfinite(spread)], near]))
-        codes = self.coder(dtype, torch.device("cpu"))(torch.from_numpy(values).to(dtype)).numpy().astype(np.int8)
+        codes = self._codes_of(values, dtype)
         starts = np.flatnonzero(np.diff(codes, prepend=-1))
         ends = np.append(starts[1:], len(codes))
-        middle = dict[int, float]()
+        # the last resort: clamp(x, -inf, inf) has its second value at NaN alone, clamp(x, min=inf) at inf
+        special = np.array([np.nan, np.inf, -np.inf])
+        middle = {int(code): float(v) for code, v in zip(self._codes_of(special, dtype), special, strict=True)}
         for start, end in sorted(zip(starts, ends, strict=True), key=lambda run: run[1] - run[0]):
             middle[int(codes[start])] = float(values[(start + end) // 2])  # the longest run of each code comes last
         return np.array([middle.get(0, middle.get(1, 0.0)), middle.get(1, middle.get(0, 0.0))])
+
+    def _codes_of(
+        self, values: np.ndarray[Any, np.dtype[np.float64]], dtype: torch.dtype
+    ) -> np.ndarray[Any, np.dtype[Any]]:
+        return self.coder(dtype, torch.device("cpu"))(torch.from_numpy(values).to(dtype)).numpy().astype(np.int8)
 
 
 def _on(values: np.ndarray[Any, np.dtype[np.float64]], dtype: torch.dtype, device: torch.device) -> Tensor:

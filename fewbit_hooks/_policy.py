@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import fnmatch
-import numbers
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import _activations, _modules
+from . import _activations
 from ._calls import Call
 from ._catalog import codebook
 from ._codebook import Codebook
 from ._errors import FewbitError, FewbitTypeError, FewbitValueError
+from ._exclude import Exclusion, Rule
 from ._plan import Plan
+from ._quantizer import check_bits
 
 Bits: TypeAlias = int | Mapping[str, int | None] | Callable[[str, Tensor], int | None] | None
-Exclude: TypeAlias = Iterable[str | type[nn.Module] | Callable[[nn.Module], bool]]
+Exclude: TypeAlias = Rule | Iterable[Rule]
 
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 DEVICES = frozenset({"cpu", "cuda"})
@@ -44,33 +45,13 @@ class Keep(Exception):
     """Not an error: this call stays exact, and the message says why."""
 
 
-def check_bits(bits: object, what: str = "bits") -> int:
-    """`bits` as an int from 1 to 8.
-
-    Raises:
-        FewbitTypeError: it is no integer (a bool is none here).
-        FewbitValueError: it is out of range.
-    """
-    number = _integer(bits)
-    if number is None:
-        raise FewbitTypeError(f"{what} must be an integer from 1 to 8, got {bits!r}")
-    if not 1 <= number <= 8:
-        raise FewbitValueError(f"{what} must be an integer from 1 to 8, got {number}")
-    return number
-
-
-def _integer(value: object) -> int | None:
-    """An int or a numpy integer as an int; None for anything else, a bool among them."""
-    return None if isinstance(value, bool) or not isinstance(value, numbers.Integral) else int(value)
-
-
 @dataclass(frozen=True, eq=False)
 class Settings:
     """The arguments of a scope, validated."""
 
     bits: Bits = 3
     min_bytes: int = 65536
-    exclude: tuple[Any, ...] = ()
+    exclude: Exclusion = field(default_factory=Exclusion)
     exact: bool = False
     codebooks: Mapping[str, Codebook] = field(default_factory=dict)
 
@@ -105,11 +86,10 @@ def check_settings(
         bits = dict(bits)
     elif bits is not None and not callable(bits):
         bits = check_bits(bits)
-    smallest = _integer(min_bytes)
-    if smallest is None:
+    if isinstance(min_bytes, bool) or not isinstance(min_bytes, (int, np.integer)):
         raise FewbitTypeError(f"min_bytes must be an integer of 0 or more, got {min_bytes!r}")
-    if smallest < 0:
-        raise FewbitValueError(f"min_bytes must be an integer of 0 or more, got {smallest}")
+    if min_bytes < 0:
+        raise FewbitValueError(f"min_bytes must be an integer of 0 or more, got {min_bytes}")
     switches: dict[str, object] = {"exact": exact, "recompute": recompute}
     for name, on in switches.items():
         if not isinstance(on, bool):
@@ -122,19 +102,7 @@ def check_settings(
         raise FewbitValueError(f"engine must be 'hooks', 'fused' or 'auto', got {engine!r}")
     if engine == "fused":
         raise FewbitError("engine='fused' is not available in this version. Use 'auto' or 'hooks'.")
-    return Settings(bits, smallest, _check_exclude(exclude), exact, _check_codebooks(codebooks))
-
-
-def _check_exclude(exclude: Exclude) -> tuple[Any, ...]:
-    if isinstance(exclude, str) or not isinstance(exclude, Iterable):
-        exclude = (exclude,)
-    rules = tuple(exclude)
-    for rule in rules:
-        if not (isinstance(rule, str) or callable(rule)):
-            raise FewbitTypeError(
-                f"exclude takes names of modules (glob patterns), nn.Module classes and predicates, got {rule!r}"
-            )
-    return rules
+    return Settings(bits, int(min_bytes), Exclusion(exclude), exact, _check_codebooks(codebooks))
 
 
 def _check_codebooks(codebooks: object) -> dict[str, Codebook]:
@@ -158,22 +126,6 @@ def _check_codebooks(codebooks: object) -> dict[str, Codebook]:
 def disabled() -> bool:
     """FEWBIT_DISABLE is set in the environment (to anything but 0 or nothing)."""
     return os.environ.get("FEWBIT_DISABLE", "0") not in ("", "0")
-
-
-def excluded(rules: tuple[Any, ...]) -> bool:
-    """A rule names the running module, or one around it."""
-    chain = list(_modules.enclosing_modules())
-    for rule in rules:
-        if isinstance(rule, str):
-            names = {id(m): name for name, m in chain[-1].named_modules()} if chain else {}
-            if any(fnmatch.fnmatchcase(names.get(id(m), ""), rule) for m in chain):
-                return True
-        elif isinstance(rule, type):
-            if any(isinstance(m, rule) for m in chain):
-                return True
-        elif any(rule(m) for m in chain):
-            return True
-    return False
 
 
 def obstacle(x: Tensor, hooks: object) -> str:

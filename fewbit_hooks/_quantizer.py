@@ -53,12 +53,12 @@ class Quantizer(NamedTuple):
     error: float
 
 
-def check_bits(bits: object) -> int:
-    """`bits` as an int from 1 to 8; anything else raises."""
+def check_bits(bits: object, what: str = "bits") -> int:
+    """`bits` as an int from 1 to 8; anything else raises, calling it `what`."""
     if isinstance(bits, bool) or not isinstance(bits, (int, np.integer)):
-        raise FewbitTypeError(f"bits must be an integer from 1 to 8, got {bits!r}")
+        raise FewbitTypeError(f"{what} must be an integer from 1 to 8, got {bits!r}")
     if not 1 <= bits <= 8:
-        raise FewbitValueError(f"bits must be an integer from 1 to 8, got {bits}")
+        raise FewbitValueError(f"{what} must be an integer from 1 to 8, got {bits}")
     return int(bits)
 
 

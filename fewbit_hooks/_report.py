@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -90,7 +91,7 @@ class Report:
             rows.append(
                 ReportRow(
                     row.activation,
-                    _modules.path(row.module, row.model),
+                    _modules.path(row.module, row.model) or row.module_class,
                     row.calls,
                     row.bits,
                     row.original_bytes,
@@ -141,18 +142,19 @@ class Report:
             from matplotlib.figure import Figure
         except ImportError:
             raise FewbitError('plot() needs matplotlib: pip install "fewbit-hooks[plot]"') from None
-        names = [f"{row.module or '(no module)'}  {row.activation}" for row in self.rows]
+        rows = self._merged()
+        names = [f"{row.activation}  {row.module}" + ("  (kept)" if row.bits is None else "") for row in rows]
         figure = Figure(figsize=(9, 1.6 + 0.3 * len(names)), layout="constrained")
         axes = figure.add_subplot()
         mib = 2**20
         left = [0.0] * len(names)
         for label, colour, values in (
-            ("codes", "#d95f02", [row.stored_bytes / mib for row in self.rows]),
-            ("still held", "#7f7f7f", [(row.original_bytes - row.freed_bytes) / mib for row in self.rows]),
+            ("codes", "#d95f02", [row.stored_bytes / mib for row in rows]),
+            ("still held", "#7f7f7f", [(row.original_bytes - row.freed_bytes) / mib for row in rows]),
             (
                 "freed",
                 "#a6d8c8",
-                [(row.freed_bytes - min(row.stored_bytes, row.freed_bytes)) / mib for row in self.rows],
+                [(row.freed_bytes - min(row.stored_bytes, row.freed_bytes)) / mib for row in rows],
             ),
         ):
             axes.barh(names, values, left=left, label=label, color=colour)
@@ -164,8 +166,28 @@ class Report:
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, dpi=150)
 
+    def _merged(self) -> list[ReportRow]:
+        """The rows with those of like layers (`encoder.layer.0.mlp`, `encoder.layer.1.mlp`) added up, largest first."""
+        merged: dict[tuple[object, ...], ReportRow] = {}
+        for row in self.rows:
+            module = re.sub(r"\b\d+\b", "*", row.module)
+            key = row.activation, module, row.bits, row.reason
+            other = merged.get(key)
+            if other is not None:
+                row = ReportRow(
+                    row.activation,
+                    module,
+                    row.calls + other.calls,
+                    row.bits,
+                    row.original_bytes + other.original_bytes,
+                    row.stored_bytes + other.stored_bytes,
+                    row.freed_bytes + other.freed_bytes,
+                    row.reason,
+                )
+            merged[key] = row
+        return sorted(merged.values(), key=lambda row: -row.original_bytes)
+
     def _cells(self) -> list[list[str]]:
-        rows = sorted(self.rows, key=lambda row: -row.original_bytes)
         return [
             [
                 row.activation,
@@ -177,7 +199,7 @@ class Report:
                 human(row.freed_bytes),
                 row.reason,
             ]
-            for row in rows
+            for row in self._merged()
         ]
 
     def _total(self) -> list[str]:

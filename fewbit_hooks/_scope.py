@@ -250,7 +250,7 @@ def _recognised(entry: _stack.Entry, call: Call, func: Any, args: tuple[Any, ...
             raise Keep(reason)
         if settings.bits is None:
             raise Keep(_policy.MEASURE)
-        if settings.exclude and _policy.excluded(settings.exclude):
+        if settings.exclude and settings.exclude.here():
             raise Keep(_policy.EXCLUDED)
         plan = _policy.make_plan(settings, call, func, args, kwargs, x)
     except Keep as keep:

@@ -1,0 +1,208 @@
+"""Freed means freed: the ledger counts storages, each once, and looks whether they are gone."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fewbit_hooks as fewbit
+from fewbit_hooks._ledger import HELD, SWEEP
+
+from .conftest import held_for_backward
+
+
+def row(memory: fewbit.scope, activation: str):
+    (found,) = [row for row in memory.report().rows if row.activation == activation]
+    return found
+
+
+def test_relu_before_a_linear_frees_nothing_and_says_why() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    with fewbit.scope(min_bytes=0) as memory:
+        y = model(torch.randn(64, 64))
+    relu = row(memory, "relu")
+    assert (relu.original_bytes, relu.stored_bytes, relu.freed_bytes) == (64 * 64 * 4, 64 * 64 // 8, 0)
+    assert relu.reason == HELD
+    assert y.requires_grad
+
+
+def test_gelu_before_a_linear_frees_its_input() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+    with fewbit.scope(min_bytes=0) as memory:
+        y = model(torch.randn(64, 64))
+    gelu = row(memory, "gelu")
+    assert (gelu.original_bytes, gelu.freed_bytes, gelu.reason) == (64 * 64 * 4, 64 * 64 * 4, "")
+    assert y.requires_grad
+
+
+def test_a_gated_unit_whose_halves_share_a_storage_frees_nothing() -> None:
+    proj = nn.Linear(64, 128)
+
+    def gated(x: Tensor) -> Tensor:
+        a, g = proj(x).chunk(2, dim=-1)
+        return a * F.gelu(g)
+
+    with fewbit.scope(min_bytes=0) as memory:
+        y = gated(torch.randn(64, 64))
+    gelu = row(memory, "gelu")
+    assert (gelu.original_bytes, gelu.freed_bytes, gelu.reason) == (64 * 128 * 4, 0, HELD)
+    assert y.requires_grad
+
+
+def test_x_times_act_of_x_frees_nothing_of_x() -> None:
+    proj = nn.Linear(64, 64)
+
+    def swish(x: Tensor) -> Tensor:
+        h = proj(x)
+        return h * F.silu(h)
+
+    with fewbit.scope(min_bytes=0) as memory:
+        y = swish(torch.randn(64, 64))
+    assert row(memory, "silu").freed_bytes == 0
+    assert y.requires_grad
+
+
+def test_a_storage_that_two_activations_keep_is_counted_once() -> None:
+    proj = nn.Linear(64, 64)
+
+    def both(x: Tensor) -> Tensor:
+        h = proj(x)
+        return F.gelu(h) + F.silu(h)
+
+    with fewbit.scope(min_bytes=0) as memory:
+        y = both(torch.randn(64, 64))
+    report = memory.report()
+    assert report.original_bytes == report.freed_bytes == 64 * 64 * 4
+    assert report.stored_bytes == 2 * 64 * 64 * 3 // 8
+    assert sum(held_for_backward(y).values()) > 0
+
+
+def test_a_variable_of_the_users_holds_a_storage_until_it_is_gone() -> None:
+    h = nn.Linear(64, 64)(torch.randn(64, 64))
+    with fewbit.scope(min_bytes=0) as memory:
+        y = F.gelu(h)
+    assert row(memory, "gelu").freed_bytes == 0
+    del h
+    assert row(memory, "gelu").freed_bytes == 64 * 64 * 4
+    assert y.requires_grad
+
+
+@pytest.mark.parametrize("backward", ["method", "torch.autograd.backward", "torch.autograd.grad"])
+def test_what_backward_releases_is_not_taken_for_freed(backward: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1))
+    with fewbit.scope(min_bytes=0) as memory:
+        loss = model(torch.randn(64, 64)).sum()
+        if backward == "method":
+            loss.backward()
+        elif backward == "torch.autograd.backward":
+            torch.autograd.backward(loss)
+        else:
+            torch.autograd.grad(loss, list(model.parameters()))
+    assert row(memory, "relu").freed_bytes == 0
+
+
+def test_the_report_is_about_the_latest_step() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 1))
+    memory = fewbit.scope(min_bytes=0)
+    for batch in (64, 64, 32):
+        with memory:
+            loss = model(torch.randn(batch, 64)).sum()
+        loss.backward()
+    assert memory.report().steps == 3
+    assert memory.report().original_bytes == 32 * 64 * 4
+
+
+def test_forwards_without_a_backward_between_them_are_one_step() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 1))
+    memory = fewbit.scope(min_bytes=0)
+    losses = []
+    for _ in range(3):
+        with memory:
+            losses.append(model(torch.randn(64, 64)).sum())
+    report = memory.report()
+    assert (report.steps, report.rows[0].calls, report.original_bytes) == (1, 3, 3 * 64 * 64 * 4)
+    sum(losses).backward()
+
+
+def test_the_ledger_holds_no_tensor_alive() -> None:
+    proj = nn.Linear(64, 64)
+    with fewbit.scope(min_bytes=0) as memory:
+        h = proj(torch.randn(64, 64))
+        y = F.gelu(h)
+    gone = [weakref.ref(h), weakref.ref(y)]
+    gc.disable()
+    try:
+        del h, y
+        assert [ref() for ref in gone] == [None, None]
+    finally:
+        gc.enable()
+    assert memory.report().rows
+
+
+def test_the_ledger_of_a_loop_that_never_runs_backward_stays_small() -> None:
+    proj = nn.Linear(8, 8)
+    x = torch.randn(8, 8)
+    with fewbit.scope(min_bytes=0) as memory:
+        for _ in range(SWEEP + 10):
+            F.gelu(proj(x))
+    assert len(memory._ledger.step.pending) <= 20
+    assert memory.report().freed_bytes == (SWEEP + 10) * 8 * 8 * 4
+
+
+def test_tiny_tensors_pass_without_module_or_storage() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU())
+    with fewbit.scope(min_bytes=0):
+        model(torch.randn(8, 8))
+    with pytest.warns(fewbit.FewbitWarning, match="smaller than min_bytes"), fewbit.scope() as memory:
+        y = model(torch.randn(8, 8))
+    gelu = row(memory, "gelu")
+    assert (gelu.module, gelu.bits, gelu.original_bytes) == ("", None, 8 * 8 * 4)
+    assert not memory._ledger.step.pending
+    assert y.requires_grad
+
+
+def test_rows_name_the_module_as_the_model_does() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(64, 64)
+            self.act = nn.GELU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.silu(self.act(self.fc(x)))
+
+    model = nn.Sequential(Block(), Block())
+    with fewbit.scope(min_bytes=0) as memory:
+        y = model(torch.randn(64, 64))
+    rows = {(row.activation, row.module) for row in memory.report().rows}
+    assert rows == {("gelu", "0.act"), ("silu", "0"), ("gelu", "1.act"), ("silu", "1")}
+    assert y.requires_grad
+
+
+def test_a_step_in_two_threads_is_booked_whole() -> None:
+    memory = fewbit.scope(min_bytes=0)
+
+    def work() -> None:
+        for _ in range(200):
+            with memory:
+                F.gelu(torch.randn(8, 8, requires_grad=True) * 1)
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert memory.report().rows[0].calls == 400
+
+
+def test_reading_a_report_does_not_change_it() -> None:
+    with fewbit.scope(min_bytes=0) as memory:
+        y = F.gelu(torch.randn(64, 64, requires_grad=True) * 1)
+    assert memory.report() == memory.report()
+    assert y.requires_grad

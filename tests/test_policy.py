@@ -1,0 +1,211 @@
+"""Which calls are compressed with how many bits, and which are kept."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fewbit_hooks as fewbit
+from fewbit_hooks import _policy
+
+
+def outcome(memory: fewbit.scope) -> dict[str, tuple[int | None, str]]:
+    return {row.activation: (row.bits, row.reason if row.bits is None else "") for row in memory.report().rows}
+
+
+def four(x: Tensor) -> list[Tensor]:
+    return [F.gelu(x * 1), F.silu(x * 1), F.relu(x * 1), F.hardtanh(x * 1)]
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(64, 64, requires_grad=True)
+
+
+def test_a_number_is_for_the_smooth_ones_and_the_two_valued_take_one(x: Tensor) -> None:
+    with fewbit.scope(bits=np.int64(5), min_bytes=0) as memory:
+        kept = four(x)
+    assert outcome(memory) == {"gelu": (5, ""), "silu": (5, ""), "relu": (1, ""), "hardtanh": (1, "")}
+    assert kept
+
+
+def test_a_mapping_gives_each_its_own_and_the_rest_its_default(x: Tensor) -> None:
+    with fewbit.scope(bits={"gelu": 2, "relu": None, "default": 4}, min_bytes=0) as memory:
+        kept = four(x)
+    assert outcome(memory) == {
+        "gelu": (2, ""),
+        "silu": (4, ""),
+        "relu": (None, "no bits are given for relu"),
+        "hardtanh": (1, ""),
+    }
+    assert kept
+
+
+def test_a_mapping_without_a_default_keeps_the_smooth_ones_that_it_does_not_name(x: Tensor) -> None:
+    with fewbit.scope(bits={"gelu": 2}, min_bytes=0) as memory:
+        kept = four(x)
+    assert outcome(memory)["silu"] == (None, "no bits are given for silu")
+    assert outcome(memory)["relu"] == (1, "")
+    assert kept
+
+
+def test_a_mapping_is_copied(x: Tensor) -> None:
+    bits = {"gelu": 2}
+    opened = fewbit.scope(bits=bits, min_bytes=0)
+    bits["gelu"] = 9
+    with opened as memory:
+        kept = F.gelu(x * 1)
+    assert outcome(memory)["gelu"] == (2, "")
+    assert kept.requires_grad
+
+
+def test_a_callable_sees_name_and_tensor(x: Tensor) -> None:
+    seen = []
+
+    def bits(name: str, tensor: Tensor) -> int | None:
+        seen.append((name, tuple(tensor.shape)))
+        return {"gelu": 2, "silu": None}.get(name, 1)
+
+    with fewbit.scope(bits=bits, min_bytes=0) as memory:
+        kept = four(x)
+    assert seen == [(name, (64, 64)) for name in ("gelu", "silu", "relu", "hardtanh")]
+    assert outcome(memory)["gelu"] == (2, "")
+    assert outcome(memory)["silu"] == (None, "no bits are given for silu")
+    assert kept
+
+
+@pytest.mark.parametrize("answer", [0, 9, 2.5, "3", True])
+def test_a_wrong_answer_of_a_callable_is_an_error(x: Tensor, answer: object) -> None:
+    with (
+        pytest.raises(fewbit.FewbitError, match="the callable's answer for 'gelu' must be an integer from 1 to 8, got"),
+        fewbit.scope(bits=lambda name, tensor: answer, min_bytes=0),
+    ):
+        F.gelu(x)
+
+
+def test_exact_true_codes_only_what_is_lossless(x: Tensor) -> None:
+    with fewbit.scope(exact=True, min_bytes=0) as memory:
+        kept = four(x)
+    assert outcome(memory)["gelu"] == (None, "exact=True, and its derivative is not two-valued")
+    assert outcome(memory)["relu"] == (1, "")
+    assert kept
+
+
+def test_min_bytes_counts_bytes_of_the_tensor() -> None:
+    for dtype, elements in ((torch.float32, 16384), (torch.bfloat16, 32768)):
+        for n, bits in ((elements, 3), (elements - 1, None)):
+            with fewbit.scope(min_bytes=65536) as memory:
+                kept = [
+                    F.gelu(torch.zeros(n, dtype=dtype, requires_grad=True) * 1),
+                    F.relu(torch.ones(99999).requires_grad_() * 1),
+                ]
+            assert outcome(memory)["gelu"][0] == bits
+            assert kept
+
+
+def test_what_needs_no_gradient_is_not_even_counted(x: Tensor) -> None:
+    with fewbit.scope(bits=None, min_bytes=0) as memory:
+        F.gelu(torch.randn(64, 64))
+        with torch.no_grad():
+            F.gelu(x)
+        with torch.inference_mode():
+            F.gelu(x)
+    assert memory.report().rows == ()
+
+
+def test_parameters_are_kept() -> None:
+    scale = nn.Parameter(torch.randn(64, 64))
+    with pytest.warns(fewbit.FewbitWarning, match="a parameter"), fewbit.scope(min_bytes=0) as memory:
+        y = F.softplus(scale)
+    assert outcome(memory)["softplus"] == (None, "a parameter: the model keeps it anyway")
+    assert y.requires_grad
+
+
+def test_codes_that_would_be_no_smaller_are_not_made() -> None:
+    x = torch.randn(1, requires_grad=True)
+    with pytest.warns(fewbit.FewbitWarning, match="no smaller"), fewbit.scope(bits=8, min_bytes=0) as memory:
+        y = F.gelu((x * 1).expand(1000))
+    assert outcome(memory)["gelu"] == (None, "codes would be no smaller than its storage")
+    y.sum().backward()
+    expected = torch.autograd.grad(F.gelu(x).sum() * 1000, x)[0]
+    torch.testing.assert_close(x.grad, expected)
+
+
+class TestExclude:
+    @pytest.fixture
+    def model(self) -> nn.Module:
+        return nn.ModuleDict(
+            {
+                "encoder": nn.Sequential(nn.Linear(64, 64), nn.GELU()),
+                "head": nn.Sequential(nn.Linear(64, 64), nn.SiLU()),
+            }
+        )
+
+    def kept(self, model: nn.Module, exclude: object) -> set[str]:
+        class Model(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.parts = model
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.parts["head"](self.parts["encoder"](x))
+
+        with fewbit.scope(bits=3, min_bytes=0, exclude=exclude) as memory:
+            y = Model()(torch.randn(64, 64))
+            F.tanh(y)
+        assert y.requires_grad
+        return {name for name, (bits, reason) in outcome(memory).items() if reason == "excluded" and bits is None}
+
+    @pytest.mark.parametrize(
+        ("exclude", "kept"),
+        [
+            ((), set()),
+            ("parts.head", {"silu"}),
+            (["parts.head.*"], {"silu"}),
+            (["*.1"], {"gelu", "silu"}),
+            (["parts"], {"gelu", "silu"}),
+            ([nn.GELU], {"gelu"}),
+            ([nn.ModuleDict], set()),
+            ([nn.Sequential], {"gelu", "silu"}),
+            ([lambda module: isinstance(module, nn.SiLU)], {"silu"}),
+            (["nothing", nn.ReLU], set()),
+        ],
+    )
+    def test_a_module_and_all_inside_it_are_left_alone(self, model: nn.Module, exclude: object, kept: set[str]) -> None:
+        assert self.kept(model, exclude) == kept
+
+
+def test_codebooks_given_are_used_for_their_activation_and_parameters(x: Tensor) -> None:
+    own = fewbit.codebook("gelu", 4, weight="normal")
+    with fewbit.scope(bits=3, min_bytes=0, codebooks=[own]):
+        y = F.gelu(x)
+        tanh_form = F.gelu(x, approximate="tanh")
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(grad, own.derivative(x.detach()), rtol=0, atol=5e-6)
+    (grad,) = torch.autograd.grad(tanh_form.sum(), x)
+    expected = fewbit.codebook("gelu", 3, approximate="tanh").derivative(x.detach())
+    torch.testing.assert_close(grad, expected, rtol=0, atol=5e-6)
+
+
+def test_parameters_that_change_at_every_call_do_not_cost_a_codebook_each(x: Tensor) -> None:
+    limit = _policy.OWN_CODEBOOKS
+    _policy._own_parameters.pop("celu", None)
+    with fewbit.scope(bits=1, min_bytes=0) as memory:
+        kept = [F.celu(x * 1, alpha=1.5 + i / 64) for i in range(limit + 3)]
+    rows = {row.bits: row for row in memory.report().rows}
+    assert (rows[1].calls, rows[None].calls) == (limit, 3)
+    assert rows[None].reason == f"more than {limit} combinations of celu's parameters"
+    _policy._own_parameters.pop("celu", None)
+    assert kept
+
+
+def test_plans_of_ever_new_limits_are_forgotten(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_policy, "MAX_PLANS", 8)
+    monkeypatch.setattr(_policy, "_plans", {})
+    with fewbit.scope(min_bytes=0):
+        for i in range(30):
+            torch.clamp(x * 1, -1, i / 30)
+    assert len(_policy._plans) <= 8
