@@ -47,7 +47,7 @@ def snap(boundaries: ArrayLike, scale: float = 1.0) -> NDArray[np.float64]:
 
 
 def scale_for_jump(jump: float) -> float:
-    """The scale, next to 1, with which a cut lies on `jump` (or one float32 below it).
+    """The scale, next to 1, with which a cut lies on `jump`, to one float32 number or two.
 
     >>> float(snap([3.0], scale_for_jump(3.0))[0]), float(snap([3.0])[0])
     (3.0, 3.0009765625)

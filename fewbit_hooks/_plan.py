@@ -114,7 +114,7 @@ class Plan:
         if dtype in SIXTEEN_BIT:
             s = standins_16bit(self._function, self.codebook.levels, dtype)
         else:
-            s = standins(self._derivative, self.codebook.levels, self.codebook.interval)
+            s = standins(self._function, self._derivative, self.codebook.levels, self.codebook.interval, dtype)
         saved = saved_by(self._function, s.to(device=device, dtype=dtype))
         return [ops.rows(t.to(dtype), self.bits) if t.shape == s.shape else None for t in saved]
 
@@ -126,10 +126,10 @@ class Plan:
         spread = all_values(dtype if dtype in SIXTEEN_BIT else torch.bfloat16).double().numpy()
         numbers = [p for p in self.parameters.values() if isinstance(p, float) and np.isfinite(p)]
         # an interval may be too narrow for the spread: add its ends, their mean, and their neighbours
-        near = [
-            np.nextafter(p, side) for p in [*numbers, float(np.mean(numbers or [0]))] for side in (-np.inf, p, np.inf)
-        ]
-        values = np.unique(np.concatenate([spread[np.isfinite(spread)], near]))
+        at = torch.tensor([*numbers, float(np.mean(numbers or [0]))], dtype=torch.float64, device="cpu").to(dtype)
+        near = torch.cat([at, *(torch.nextafter(at, torch.full_like(at, side)) for side in (-np.inf, np.inf))])
+        values = np.concatenate([spread, near.double().numpy()])
+        values = np.unique(values[np.isfinite(values)])
         codes = self._codes_of(values, dtype)
         starts = np.flatnonzero(np.diff(codes, prepend=-1))
         ends = np.append(starts[1:], len(codes))

@@ -94,19 +94,27 @@ def standins_16bit(function: Function, levels: NDArray[np.float64], dtype: torch
     rounded = [t.to(dtype).double() for t in saved_by(function, x)]
     slope = derivative_from(function, rounded, x).numpy()
     slope = np.where(np.isfinite(slope), slope, np.inf)
-    nearest = [int(np.abs(slope - level).argmin()) for level in levels]
+    order = np.argsort(x.numpy(), kind="stable")
+    nearest = [order[_middle_of_the_nearest(slope[order], level)] for level in levels]
     return x[nearest]
 
 
 def standins(
+    function: Function,
     derivative: Callable[[NDArray[np.float64]], NDArray[np.float64]],
     levels: NDArray[np.float64],
     interval: tuple[float, float],
+    dtype: torch.dtype,
 ) -> Tensor:
     """For each level an input where the derivative is that level, by bisection in float64.
 
     A level is the mean of f' over its piece, so a continuous f' attains it there. Where f' jumps a sign change
     may be the jump and no solution; of all sign changes the one that ends nearest wins.
+
+    Args:
+        derivative: f' in float64.
+        dtype: that of the saved tensors. What counts in the end is what the node computes from them, rounded: next to a
+            jump (softplus with a low threshold) rounding may lead to its other side.
 
     Returns:
         float64, one value a level, on the CPU.
@@ -121,7 +129,13 @@ def standins(
         middle = (left + right) / 2
         inside = (derivative(middle) >= levels[which]) == rising
         left, right = np.where(inside, left, middle), np.where(inside, middle, right)
-    candidates = np.concatenate([left, right, grid])
-    slopes = derivative(candidates)
-    nearest = [int(np.abs(slopes - level).argmin()) for level in levels]
-    return torch.from_numpy(candidates[nearest])
+    candidates = torch.from_numpy(np.sort(np.concatenate([left, right, grid]))).to(dtype)
+    slopes = derivative_from(function, saved_by(function, candidates), candidates).double().numpy()
+    return candidates[[_middle_of_the_nearest(slopes, level, torch.finfo(dtype).eps) for level in levels]].double()
+
+
+def _middle_of_the_nearest(slopes: NDArray[np.float64], level: float, tolerance: float = 0.0) -> int:
+    """Where `slopes`, of ascending inputs, come nearest to the level; of many alike the middle, far from any jump."""
+    error = np.abs(slopes - level)
+    nearest = np.flatnonzero(error <= error.min() + tolerance)
+    return int(nearest[len(nearest) // 2])

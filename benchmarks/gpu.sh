@@ -1,0 +1,21 @@
+#!/bin/sh
+# Runs the tests that need a GPU, then the benchmarks, and leaves CSVs. Needs torch with CUDA and pytest; nothing else is installed.
+#
+#     sh benchmarks/gpu.sh [FOLDER]        # FOLDER: where the CSVs go; $OUT, else benchmarks/results
+#
+# Each benchmark runs even if one before it failed; the exit status is that of the first failure.
+set -u
+cd "$(dirname "$0")/.."
+out=${1:-${OUT:-benchmarks/results}}
+mkdir -p "$out"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+
+gpu=$(python3 -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-").lower())') || {
+    echo "benchmarks/gpu.sh: torch finds no CUDA device" >&2
+    exit 1
+}
+status=0
+python3 -m pytest -q -m gpu -p no:cacheprovider tests || status=$?
+python3 benchmarks/bench_ops.py --csv "$out/ops-$gpu.csv" || status=$?
+echo "CSVs in $out"
+exit "$status"

@@ -1,0 +1,79 @@
+"""Writes what in docs/ is made by a program: the table of activations, the table of errors, the pictures.
+
+python docs/make.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fewbit_hooks as fewbit
+from fewbit_hooks import Activation
+
+DOCS = Path(__file__).parent
+
+HEAD = """\
+# The recognised activations
+
+This page is written by `docs/make.py` from the registry, `fewbit_hooks.activations()`; `python -m fewbit_hooks doctor`
+prints the same for your installation. `torch.ops.aten.f` stands for the packet and its overloads.
+
+*Exact* ones have a derivative of two values: 1 bit an element, and a gradient that is bit for bit stock PyTorch's.
+*Folded* ones have an even derivative: |x| is coded, at 3 to 6 times less error for the same bits.
+"""
+
+ERRORS = """\
+
+## Error by bits
+
+`codebook(name, bits).error`: the integral over [-10, 10] of the squared difference between the derivative and its
+quantisation, the convention of the paper (arXiv:2202.00441). Each is the optimum. The paper's table has the same digits
+for gelu, silu, sigmoid, tanh, selu and softplus at 1 to 4 bits, but for silu at 2 bits (0.0479) and selu at 1 bit
+(0.2554), where the optimum is lower by one in the last digit.
+"""
+
+KEPT = """\
+
+## Known, and kept exact
+
+`prelu` (the gradient of its weight needs the true input), `rrelu` (random slopes), `glu` (the gradient of its values
+needs the true gate), `clamp` with tensor limits, any call with `out=`. The report names them and says why.
+
+Anything else pointwise: [`fewbit_hooks.register`](quickstart.md#a-function-of-your-own).
+"""
+
+
+def activations_page() -> str:
+    """The text of activations.md."""
+    lines = [HEAD, "| activation | parameters | saves | bits | calls |", "| --- | --- | --- | --- | --- |"]
+    lines += [_line(activation) for activation in fewbit.activations()]
+    lines += [ERRORS, "| | " + " | ".join(f"{bits}" for bits in range(1, 9)) + " |", "| --- |" + " ---: |" * 8]
+    for activation in fewbit.activations():
+        if not activation.exact:
+            lines.append(_errors(activation.name))
+            if activation.name == "gelu":
+                lines.append(_errors("gelu", approximate="tanh"))
+    return "\n".join([*lines, KEPT])
+
+
+def _line(activation: Activation) -> str:
+    parameters = ", ".join(f"{name}={default!r}" for name, default in activation.parameters.items())
+    bits = "1, exact" if activation.exact else "1-8, folded" if activation.even else "1-8"
+    calls = ", ".join(f"`{call}`" for call in activation.calls)
+    return f"| **{activation.name}** | {parameters} | {activation.saves} | {bits} | {calls} |"
+
+
+def _errors(name: str, **parameters: str) -> str:
+    title = name + "".join(f" ({value})" for value in parameters.values())
+    cells = [f"{fewbit.codebook(name, bits, **parameters).error:.3g}" for bits in range(1, 9)]
+    return f"| {title} | " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    (DOCS / "activations.md").write_text(activations_page(), encoding="utf-8")
+    for name, bits in (("gelu", 3), ("silu", 2)):
+        fewbit.codebook(name, bits).plot(DOCS / "images" / f"{name}-{bits}-bits.png")
+
+
+if __name__ == "__main__":
+    main()
