@@ -169,10 +169,8 @@ class _OneNode(torch.autograd.Function):
         name = plan.activation.name
         if x._version != version:
             raise FewbitError(f"{name} overwrites its input; fewbit_hooks.register() takes functions that do not.")
-        if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype:
-            raise FewbitError(
-                f"{name} must return one tensor of its input's shape and dtype to be run as an activation."
-            )
+        if not isinstance(y, Tensor) or y.shape != x.shape:
+            raise FewbitError(f"{name} must return one tensor of its input's shape to be run as an activation.")
         codes = ops.encode(x, plan.bits, plan.coder(x.dtype, x.device))
         row = ledger.row(name, plan.bits)
         ledger.original(row, x)
@@ -191,4 +189,4 @@ class _OneNode(torch.autograd.Function):
         (codes,) = ctx.saved_tensors
         with torch._C.DisableTorchFunction():
             slope = ops.decode(codes, plan.level_rows(layout.dtype, layout.device), plan.bits, layout)
-            return slope.mul_(grad), None, None, None
+            return slope.mul_(grad), None, None, None  # in the input's dtype, whatever autocast made of the output

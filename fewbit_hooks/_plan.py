@@ -91,14 +91,13 @@ class Plan:
     def intermediates(self, x: Tensor) -> int:
         """The bytes that stock autograd would keep for the call beside the input's storage."""
         if self._intermediates is None:
-            self._intermediates = intermediates(self._function, x.detach().reshape(-1)[:8])
+            self._intermediates = intermediates(self._function, torch.zeros(8, dtype=x.dtype, device=x.device))
         return int(self._intermediates * x.numel() * x.element_size())
 
     def _two_valued_coder(self, dtype: torch.dtype, device: torch.device) -> Coder:
         if dtype not in SIXTEEN_BIT:
             return self._second_value
-        # How a 16-bit kernel rounds its limits (hardtanh's 0.1 in bfloat16) differs from kernel to kernel: ask this
-        # one.
+        # How a 16-bit kernel rounds its limits (hardtanh's 0.1 in bfloat16) differs from kernel to kernel: ask it.
         values = all_values(dtype).to(device)
         slope = derivative_from(self._function, [values], values)
         return ops.Lookup((slope != slope[0]).to(torch.uint8))

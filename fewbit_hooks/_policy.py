@@ -37,6 +37,7 @@ CHECKPOINT = "inside checkpoint"
 HOOKS = "inside other saved-tensor hooks"
 TRANSFORM = "inside a torch.func transform"
 TRACING = "being traced"
+DISABLED = "saved-tensor hooks are disabled"
 EXCLUDED = "excluded"
 EXACT = "exact=True, and its derivative is not two-valued"
 
@@ -147,6 +148,8 @@ def obstacle(x: Tensor, hooks: object) -> str:
         return f"device {x.device.type}"
     if torch._C._get_tracing_state() is not None:
         return TRACING
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        return DISABLED
     top = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if top is not None and (hooks is None or top[0] is not hooks):
         # innermost hooks win; packing inside a non-reentrant checkpoint takes from it what it expects to see
