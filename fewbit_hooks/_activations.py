@@ -86,15 +86,19 @@ class Activation:
         return {key: self._normal(key, parameters.get(key, default)) for key, default in self.parameters.items()}
 
     def _normal(self, key: str, value: object) -> Parameter:
+        if isinstance(value, str) != isinstance(self.parameters[key], str):
+            raise FewbitTypeError(f"{self.name}: {key} must be like {self.parameters[key]!r}, got {value!r}")
         if isinstance(value, str) or value is None:
-            if isinstance(value, str) != isinstance(self.parameters[key], str):
-                raise FewbitTypeError(f"{self.name}: {key} must be like {self.parameters[key]!r}, got {value!r}")
             return value
         if isinstance(value, Tensor) or not isinstance(value, (int, float, np.number)):
             raise FewbitTypeError(f"{self.name}: {key} must be a number, got {type(value).__name__}")
-        if np.isnan(value):
-            raise FewbitValueError(f"{self.name}: {key} must be a number, got nan")
-        return float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # an int of more than 308 digits
+            number = np.nan
+        if np.isnan(number):
+            raise FewbitValueError(f"{self.name}: {key} must be a number that a float can hold, got {value!r}")
+        return number
 
     def jumps(self, **parameters: Parameter) -> tuple[float, ...]:
         """Where the derivative jumps."""
@@ -151,11 +155,11 @@ def _within(v: Tensor, lambd: float) -> Tensor:
 
 
 def _clamped(v: Tensor, min: float | None, max: float | None) -> Tensor:
-    if min is None:
-        assert max is not None  # torch.clamp itself refuses that
-        return v <= max
     if max is None:
-        return v >= min
+        # without limits torch.clamp raises, but after it has saved its input
+        return v >= min if min is not None else torch.zeros_like(v, dtype=torch.bool)
+    if min is None:
+        return v <= max
     return (v >= min).logical_and_(v <= max)
 
 

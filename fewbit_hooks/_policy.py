@@ -148,7 +148,7 @@ def obstacle(x: Tensor, hooks: object) -> str:
         return f"device {x.device.type}"
     if torch._C._get_tracing_state() is not None:
         return TRACING
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         return DISABLED
     top = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if top is not None and (hooks is None or top[0] is not hooks):
