@@ -109,7 +109,9 @@ class Codebook:
                 raise FewbitTypeError(f"derivative takes a floating-point tensor, got {x.dtype}")
             precision = torch.float64 if x.dtype == torch.float64 else torch.float32
             x_there = (x.abs() if self.folded else x).detach().to(precision)
-            codes = torch.bucketize(x_there, torch.tensor(self.boundaries, dtype=precision, device=x.device))
+            codes = torch.bucketize(
+                x_there.contiguous(), torch.tensor(self.boundaries, dtype=precision, device=x.device)
+            )
             return torch.tensor(self.levels, dtype=x.dtype, device=x.device)[codes]
         array = np.asarray(x)
         if array.dtype.kind in "iu":

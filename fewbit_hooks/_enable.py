@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import torch
+
 from . import _stack
 from ._errors import FewbitError
 from ._policy import Bits, Exclude
@@ -69,11 +71,16 @@ def enable(
     function that such a thread runs (for DataParallel, inside the model's forward).
 
     Raises:
-        FewbitError: already enabled on this thread, or a wrong argument.
+        FewbitError: already enabled on this thread, or inside a backward, or a wrong argument.
     """
     if any(entry.enabled for entry in _stack.entries()):
         raise FewbitError(
             "already enabled on this thread. Call fewbit_hooks.disable() first, or nest a fewbit_hooks.scope."
+        )
+    if torch._C._current_graph_task_id() != -1:
+        raise FewbitError(
+            "enable() inside a backward would not outlast it, because autograd gives the thread its modes back. "
+            "Call it outside, or open a fewbit_hooks.scope."
         )
     opened = scope(
         bits,

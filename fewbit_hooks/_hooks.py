@@ -126,7 +126,7 @@ class PackHook:
         if self._codes is None:
             self._codes = self._encode(t if plan.codebook is None else self._x)
         if k == 0:
-            self._row.stored_bytes += self._codes.nbytes
+            self._ledger.stored(self._row, self._codes.nbytes)
         return Packed(self._codes, rows, plan.bits, ops.Layout.of(t), plan.activation.name, self._ledger.step)
 
     def release(self) -> None:
@@ -174,10 +174,7 @@ class _OneNode(torch.autograd.Function):
         codes = ops.encode(x, plan.bits, plan.coder(x.dtype, x.device))
         row = ledger.row(name, plan.bits)
         ledger.original(row, x)
-        freed = plan.intermediates(x)  # never kept, so they are gone
-        row.original_bytes += freed
-        row.freed_bytes += freed
-        row.stored_bytes += codes.nbytes
+        ledger.stored(row, codes.nbytes, never_kept=plan.intermediates(x))
         ctx.save_for_backward(codes)
         ctx.plan, ctx.layout, ctx.step = plan, ops.Layout.of(x), ledger.step
         return y

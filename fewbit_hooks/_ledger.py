@@ -21,6 +21,7 @@ import threading
 import weakref
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -127,6 +128,8 @@ class Ledger:
 
     def original(self, row: Row, tensor: Tensor) -> None:
         """Stock autograd would have kept this tensor's storage for `row`."""
+        if tensor.layout is not torch.strided:
+            return  # sparse tensors have no storage of their own
         storage = tensor.untyped_storage()
         with self._lock:
             pending = self.step.pending
@@ -139,6 +142,13 @@ class Ledger:
             if len(pending) >= self.step.sweep_at:
                 self.step.sweep()
                 self.step.sweep_at = max(SWEEP, 2 * len(self.step.pending))
+
+    def stored(self, row: Row, nbytes: int, *, never_kept: int = 0) -> None:
+        """Codes were stored for `row`, and `never_kept` bytes that stock autograd would have kept never came to be."""
+        with self._lock:
+            row.stored_bytes += nbytes
+            row.original_bytes += never_kept
+            row.freed_bytes += never_kept
 
     def settle(self) -> None:
         """Look which storages are gone, unless the backward has begun."""

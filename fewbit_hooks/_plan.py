@@ -146,4 +146,4 @@ class Plan:
 
 
 def _on(values: np.ndarray[Any, np.dtype[np.float64]], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values)).to(dtype).to(device, non_blocking=True)
+    return torch.tensor(values, device="cpu").to(dtype).to(device, non_blocking=True)

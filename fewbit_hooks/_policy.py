@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from . import _activations
 from ._calls import Call
@@ -36,6 +37,7 @@ PARAMETER = "a parameter: the model keeps it anyway"
 CHECKPOINT = "inside checkpoint"
 HOOKS = "inside other saved-tensor hooks"
 TRANSFORM = "inside a torch.func transform"
+FORWARD_AD = "inside forward-mode AD"
 TRACING = "being traced"
 DISABLED = "saved-tensor hooks are disabled"
 EXCLUDED = "excluded"
@@ -138,6 +140,8 @@ def obstacle(x: Tensor, hooks: object) -> str:
     """
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return TRANSFORM  # grad-like transforms raise at any saved-tensor hook, and vmap's tensors are wrapped
+    if forward_ad._current_level >= 0:
+        return FORWARD_AD  # the tangent's formula saves tensors of its own
     if type(x) is not Tensor:
         return PARAMETER if type(x) is nn.Parameter else f"a {type(x).__name__}: wrapper subclasses are kept"
     if x.dtype not in DTYPES:
@@ -146,8 +150,6 @@ def obstacle(x: Tensor, hooks: object) -> str:
         return "a nested tensor" if x.is_nested else f"layout {str(x.layout).removeprefix('torch.')}"
     if x.device.type not in DEVICES:
         return f"device {x.device.type}"
-    if torch._C._get_tracing_state() is not None:
-        return TRACING
     if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         return DISABLED
     top = torch._C._autograd._top_saved_tensors_default_hooks(False)

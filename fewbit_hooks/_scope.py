@@ -32,7 +32,7 @@ from ._report import Report
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_NO_BYTES = frozenset({_policy.CHECKPOINT, _policy.HOOKS, _policy.TRANSFORM, _policy.TRACING})
+_NO_BYTES = frozenset({_policy.CHECKPOINT, _policy.HOOKS, _policy.TRANSFORM, _policy.FORWARD_AD})
 """Reasons that say that others, and not this call's node, decide what is kept."""
 
 
@@ -225,7 +225,14 @@ class _Mode(TorchFunctionMode):
             for entry in _stack.entries():
                 entry.scope._ledger.step.begin_backward()
             return func(*args, **kwargs)
-        if self.entry is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if self.entry is None or torch.compiler.is_compiling():
+            return func(*args, **kwargs)
+        if torch._C._get_tracing_state() is not None:
+            # the same line with and without gradients: torch.jit.trace compares where its two runs' calls come from
+            if torch.is_grad_enabled():
+                self.entry.scope._ledger.passed(call.name, _policy.TRACING, 0)
+            return func(*args, **kwargs)
+        if not torch.is_grad_enabled():
             return func(*args, **kwargs)
         return _recognised(self.entry, call, func, args, kwargs)
 

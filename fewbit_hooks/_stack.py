@@ -73,6 +73,8 @@ def push(entry: Entry, mode_class: type[TorchFunctionMode]) -> None:
     if not entry.inert and not _on_stack(_thread.mode):
         _thread.mode.__enter__()
         entry.pushed = True
+    elif not entry.inert and not any(e.pushed for e in _thread.entries):
+        entry.pushed = True  # the mode is left over from an entry removed while torch had taken it off
     _thread.mode.entry = active()
 
 
