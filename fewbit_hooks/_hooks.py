@@ -20,11 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import ops
 from ._errors import FewbitError, FewbitRuntimeError
+from ._inverse import Inverse
 from ._ledger import Ledger, Row, Step
 from ._plan import Plan
+from ._sites import Site, Watch
 
 NAN = "holds NaN, where stock's gradient depends on the position"
 NO_GAIN = "codes would be no smaller than its storage"
@@ -50,6 +53,40 @@ class Packed:
             return ops.decode(self.codes, self.rows, self.bits, self.layout)
 
 
+class Beside:
+    """An output that somebody else keeps, and at most one bit an element, in the place of a saved tensor."""
+
+    __slots__ = ("inverse", "k", "layout", "name", "output", "packed", "step", "version")
+
+    def __init__(
+        self, packed: Tensor | None, inverse: Inverse, k: int, layout: ops.Layout, name: str, step: Step
+    ) -> None:
+        self.packed = packed
+        self.inverse = inverse
+        self.k = k
+        self.layout = layout
+        self.name = name
+        self.step = step
+        self.output: Tensor | None = None
+        self.version = 0
+
+    def unpack(self) -> Tensor:
+        """The stand-ins, from the output."""
+        begin_backward(self.name, self.step)
+        assert self.output is not None
+        if self.output._version != self.version:
+            raise FewbitRuntimeError(
+                f"the output of {self.name}, of shape {list(self.output.shape)}, has been modified by an inplace "
+                f"operation: it is at version {self.output._version}, expected {self.version}. Its derivative is taken "
+                "from the output, which another node was seen to keep. From the next step on it is not; for this one, "
+                "replace the inplace operation, or run the module under `with fewbit_hooks.scope(bits=None):`."
+            )
+        table = self.inverse.table(self.k, self.output.dtype, self.layout.dtype, self.layout.device)
+        assert table is not None
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            return ops.decode_beside(self.output, self.packed, table, self.layout)
+
+
 class Kept:
     """A saved tensor as it is, and its version."""
 
@@ -70,7 +107,7 @@ class Kept:
         return self.tensor
 
 
-def unpack(packed: Packed | Kept) -> Tensor:
+def unpack(packed: Packed | Beside | Kept) -> Tensor:
     """The unpack hook."""
     return packed.unpack()
 
@@ -90,67 +127,123 @@ def begin_backward(name: str, step: Step) -> None:
 
 
 class PackHook:
-    """The pack hook of one recognised call."""
+    """The pack hook of one recognised call.
 
-    __slots__ = ("_codes", "_count", "_keep", "_ledger", "_plan", "_row", "_x")
+    Args:
+        plan: how the call is coded.
+        x: its input.
+        ledger: the books.
+        site: where the call was made; None if it was in no module.
+        inverse: take the derivative from the output, and from at most one bit; None: from the plan's codes.
+    """
 
-    def __init__(self, plan: Plan, x: Tensor, ledger: Ledger) -> None:
+    __slots__ = (
+        "_beside",
+        "_codes",
+        "_count",
+        "_inverse",
+        "_keep",
+        "_ledger",
+        "_plan",
+        "_row",
+        "_saved",
+        "_site",
+        "_x",
+    )
+
+    def __init__(self, plan: Plan, x: Tensor, ledger: Ledger, site: Site | None, inverse: Inverse | None) -> None:
         self._plan = plan
         self._x = x
         self._ledger = ledger
+        self._site = site
+        self._inverse = inverse
         self._count = 0
         self._keep = False
         self._row: Row | None = None
+        self._saved: list[StorageWeakRef] = []
+        self._beside: list[Beside] = []
         # Smooth activations are coded from their input, where the boundaries are; that must be before it is
         # overwritten.
         self._codes = self._encode(x) if plan.inplace and plan.codebook is not None else None
 
-    def __call__(self, t: Tensor) -> Packed | Kept:
-        plan = self._plan
+    def __call__(self, t: Tensor) -> Packed | Beside | Kept:
+        plan, name = self._plan, self._plan.activation.name
         k, self._count = self._count, self._count + 1
         rows = None if self._keep else plan.rows(k, t.dtype, t.device)
         if rows is None:  # kept, or an auxiliary tensor of another shape: nothing that codes could replace
-            return Kept(t, plan.activation.name)
+            return Kept(t, name)
         if t.shape != self._x.shape:
             raise FewbitError(
-                f"{plan.activation.name} saved a tensor of shape {list(t.shape)}, its input has {list(self._x.shape)}. "
-                f"Please report this; scope(bits={{{plan.activation.name!r}: None, ...}}) keeps it exact."
+                f"{name} saved a tensor of shape {list(t.shape)}, its input has {list(self._x.shape)}. "
+                f"Please report this; scope(bits={{{name!r}: None, ...}}) keeps it exact."
             )
         if self._row is None:
             reason = self._reason_to_keep(t)
             self._keep = bool(reason)
-            self._row = self._ledger.row(plan.activation.name, None if reason else plan.bits, reason)
+            bits = None if reason else self._bits
+            self._row = self._ledger.row(name, bits, reason, beside_output=self._inverse is not None)
         self._ledger.original(self._row, t)
         if self._keep:
-            return Kept(t, plan.activation.name)
-        if self._codes is None:
+            return Kept(t, name)
+        if self._site is not None:
+            self._saved.append(StorageWeakRef(t.untyped_storage()))
+        if self._codes is None and self._bits:
             self._codes = self._encode(t if plan.codebook is None else self._x)
-        if k == 0:
+        if k == 0 and self._codes is not None:
             self._ledger.stored(self._row, self._codes.nbytes)
-        return Packed(self._codes, rows, plan.bits, ops.Layout.of(t), plan.activation.name, self._ledger.step)
+        layout, step = ops.Layout.of(t), self._ledger.step
+        if self._inverse is not None:
+            self._beside.append(Beside(self._codes, self._inverse, k, layout, name, step))
+            return self._beside[-1]
+        assert self._codes is not None
+        return Packed(self._codes, rows, plan.bits, layout, name, step)
+
+    def finish(self, y: Tensor) -> None:
+        """The call has its output."""
+        output = y.detach() if self._beside else None
+        for packed in self._beside:
+            packed.output, packed.version = output, y._version
+        if self._site is not None and self._saved:
+            self._ledger.watch(Watch(self._site, self._saved, y, relied=bool(self._beside)))
 
     def release(self) -> None:
         """The call is over; see the note above."""
-        del self._plan, self._x, self._ledger, self._row, self._codes
+        del self._plan, self._x, self._ledger, self._site, self._row, self._codes, self._saved, self._beside
 
-    def _encode(self, t: Tensor) -> Tensor:
+    @property
+    def _bits(self) -> int:
+        return self._plan.bits if self._inverse is None else self._inverse.bits
+
+    def _encode(self, t: Tensor) -> Tensor | None:
+        if not self._bits:
+            return None
+        coder = self._plan.coder(t.dtype, t.device) if self._inverse is None else self._inverse.side
         with torch._C.DisableTorchFunction():
-            return ops.encode(t, self._plan.bits, self._plan.coder(t.dtype, t.device))
+            return ops.encode(t, self._bits, coder)
 
     def _reason_to_keep(self, t: Tensor) -> str:
-        if ops.packed_bytes(t.numel(), self._plan.bits) >= t.untyped_storage().nbytes():
+        if ops.packed_bytes(t.numel(), self._bits) >= t.untyped_storage().nbytes():
             return NO_GAIN
         if self._plan.activation.nan_by_position and not t.is_cuda and ops.has_nan(t):
             return NAN
         return ""
 
 
-def run_coded(plan: Plan, ledger: Ledger, x: Tensor, run: Callable[[], Any]) -> Any:
-    """Make a recognised call with our hooks around it."""
-    pack = PackHook(plan, x, ledger)
+def run_coded(
+    plan: Plan,
+    ledger: Ledger,
+    x: Tensor,
+    run: Callable[[], Any],
+    site: Site | None = None,
+    inverse: Inverse | None = None,
+) -> Any:
+    """Make a recognised call with our hooks around it; see `PackHook`."""
+    pack = PackHook(plan, x, ledger, site, inverse)
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return run()
+            y = run()
+        pack.finish(y)
+        return y
     finally:
         pack.release()
 

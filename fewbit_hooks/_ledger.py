@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ._modules import ModuleRef, innermost_module, outermost_module
+from . import _sites
+from ._modules import ModuleRef, enclosing_modules, innermost_module, outermost_module
 
 SWEEP = 4096
 """Storages pending before those already gone are struck off: bounds the ledger of a loop that never runs backward."""
@@ -42,6 +43,7 @@ class Row:
     model: ModuleRef | None
     bits: int | None
     reason: str
+    beside_output: bool = False
     calls: int = 0
     original_bytes: int = 0
     stored_bytes: int = 0
@@ -49,7 +51,7 @@ class Row:
     module_class: str = ""
 
 
-RowKey = tuple[str, ModuleRef | None, int | None, str]
+RowKey = tuple[str, ModuleRef | None, int | None, str, bool]
 
 
 @dataclass(slots=True)
@@ -66,8 +68,10 @@ class Step:
     """What one training step saved. A packed object may refer to it: it holds no tensor, and nothing of the scope."""
 
     lock: threading.Lock
+    number: int = 0
     rows: dict[RowKey, Row] = field(default_factory=dict)
     pending: dict[int, Pending] = field(default_factory=dict)
+    watches: list[_sites.Watch] = field(default_factory=list)
     backward_began: bool = False
     sweep_at: int = SWEEP
 
@@ -75,8 +79,14 @@ class Step:
         """The last moment at which what is held can be told from what is freed."""
         with self.lock:
             if not self.backward_began and self.rows:
-                self.sweep()
+                self.look()
                 self.backward_began = True
+
+    def look(self) -> None:
+        """See which storages are gone, and learn of it what is kept."""
+        self.sweep()
+        if self.watches:
+            self.watches = _sites.look(self.watches, set(enclosing_modules()), self.number)
 
     def sweep(self) -> None:
         """Strike off the storages that are gone."""
@@ -94,14 +104,13 @@ class Ledger:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.step = Step(self._lock)
-        self.steps = 0
 
-    def row(self, activation: str, bits: int | None, reason: str = "") -> Row:
+    def row(self, activation: str, bits: int | None, reason: str = "", *, beside_output: bool = False) -> Row:
         """Count a call; `bits` None says that it is kept, and `reason` why."""
         module = innermost_module()
         ref = weakref.ref(module) if module is not None else None
         with self._lock:
-            row = self._open(activation, ref, bits, reason)
+            row = self._open(activation, ref, bits, reason, beside_output)
             if row.calls == 0 and module is not None:
                 row.model = weakref.ref(outermost_module() or module)
                 row.module_class = type(module).__name__
@@ -115,16 +124,33 @@ class Ledger:
             row.calls += 1
             row.original_bytes += nbytes
 
-    def _open(self, activation: str, module: ModuleRef | None, bits: int | None, reason: str) -> Row:
+    def _open(
+        self, activation: str, module: ModuleRef | None, bits: int | None, reason: str, beside_output: bool = False
+    ) -> Row:
         if self.step.backward_began:
-            self.step = Step(self._lock)
-        if not self.step.rows:
-            self.steps += 1
-        key = activation, module, bits, reason
+            self.step = Step(self._lock, self.step.number + 1)
+        key = activation, module, bits, reason, beside_output
         row = self.step.rows.get(key)
         if row is None:
-            row = self.step.rows[key] = Row(activation, module, None, bits, reason)
+            row = self.step.rows[key] = Row(activation, module, None, bits, reason, beside_output)
         return row
+
+    @property
+    def steps(self) -> int:
+        """Steps that saved something."""
+        return self.step.number + bool(self.step.rows)
+
+    @property
+    def coming_step(self) -> int:
+        """The number of the step to which a call made now belongs."""
+        return self.step.number + self.step.backward_began
+
+    def watch(self, watch: _sites.Watch) -> None:
+        """Look at a call's storages when the forward is over."""
+        with self._lock:
+            self.step.watches.append(watch)
+            if len(self.step.watches) > SWEEP:  # a loop that never runs backward
+                del self.step.watches[: SWEEP // 2]
 
     def original(self, row: Row, tensor: Tensor) -> None:
         """Stock autograd would have kept this tensor's storage for `row`."""
@@ -154,10 +180,11 @@ class Ledger:
         """Look which storages are gone, unless the backward has begun."""
         with self._lock:
             if not self.step.backward_began:
-                self.step.sweep()
+                self.step.look()
 
     def rows(self) -> list[Row]:
         """The rows of the latest step."""
-        self.settle()
         with self._lock:
+            if not self.step.backward_began:
+                self.step.sweep()
             return list(self.step.rows.values())

@@ -14,7 +14,7 @@ from types import FrameType
 
 from torch import nn
 
-_CALL = nn.Module._call_impl.__code__
+CALL_IMPL = nn.Module._call_impl.__code__
 ModuleRef = weakref.ref[nn.Module]
 
 
@@ -22,7 +22,7 @@ def enclosing_modules() -> Iterator[nn.Module]:
     """The modules whose forward is running on this thread, innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is _CALL:
+        if frame.f_code is CALL_IMPL:
             yield frame.f_locals["self"]
         frame = frame.f_back
 

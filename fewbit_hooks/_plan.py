@@ -17,6 +17,7 @@ from . import ops
 from ._activations import Activation, Parameter
 from ._codebook import Codebook
 from ._errors import FewbitError
+from ._inverse import Inverse, find_inverse
 from ._standins import Function, all_values, derivative_from, intermediates, saved_by, standins, standins_16bit
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
@@ -52,6 +53,8 @@ class Plan:
         self._rows: dict[tuple[torch.dtype, torch.device], Saved] = {}
         self._levels: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._intermediates: float | None = None
+        self._inverse: Inverse | None = None
+        self._inverse_sought = False
         self._thresholds = ops.Thresholds(codebook.boundaries, codebook.folded) if codebook else None
 
     def coder(self, dtype: torch.dtype, device: torch.device) -> Coder:
@@ -79,6 +82,14 @@ class Plan:
                 f"this; scope(bits={{{self.activation.name!r}: None, ...}}) keeps it exact."
             )
         return saved[k]
+
+    @property
+    def inverse(self) -> Inverse | None:
+        """How to have the derivative from the output; None for two-valued activations, and where it cannot be had."""
+        if not self._inverse_sought and self.codebook is not None:
+            self._inverse = find_inverse(self._function, self._derivative)
+        self._inverse_sought = True
+        return self._inverse
 
     def level_rows(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The decoding table of the derivative itself, for a call that is run as one node."""

@@ -21,6 +21,7 @@ class ReportRow:
         activation, module: the activation's name; the path of the module that called it, empty outside of any.
         calls: how often it was called.
         bits: bits an element; None where it was kept.
+        beside_output: the derivative is taken from the output, which somebody else keeps, and from those bits.
         original_bytes: storages that stock autograd would have kept for these calls, each counted once in a report.
         stored_bytes: codes.
         freed_bytes: original storages that are gone.
@@ -31,6 +32,7 @@ class ReportRow:
     module: str
     calls: int
     bits: int | None
+    beside_output: bool
     original_bytes: int
     stored_bytes: int
     freed_bytes: int
@@ -94,6 +96,7 @@ class Report:
                     _modules.path(row.module, row.model) or row.module_class,
                     row.calls,
                     row.bits,
+                    row.beside_output,
                     row.original_bytes,
                     row.stored_bytes,
                     row.freed_bytes,
@@ -171,7 +174,7 @@ class Report:
         merged: dict[tuple[object, ...], ReportRow] = {}
         for row in self.rows:
             module = re.sub(r"\b\d+\b", "*", row.module)
-            key = row.activation, module, row.bits, row.reason
+            key = row.activation, module, row.bits, row.beside_output, row.reason
             other = merged.get(key)
             if other is not None:
                 row = ReportRow(
@@ -179,6 +182,7 @@ class Report:
                     module,
                     row.calls + other.calls,
                     row.bits,
+                    row.beside_output,
                     row.original_bytes + other.original_bytes,
                     row.stored_bytes + other.stored_bytes,
                     row.freed_bytes + other.freed_bytes,
@@ -193,7 +197,7 @@ class Report:
                 row.activation,
                 row.module or "-",
                 str(row.calls),
-                "kept" if row.bits is None else str(row.bits),
+                "kept" if row.bits is None else f"y+{row.bits}" if row.beside_output else str(row.bits),
                 human(row.original_bytes),
                 human(row.stored_bytes),
                 human(row.freed_bytes),

@@ -25,9 +25,10 @@ from torch.overrides import TorchFunctionMode
 from . import _hooks, _policy, _stack
 from ._calls import BACKWARD, RECOGNISED, Call
 from ._errors import FewbitError, FewbitTypeError, FewbitWarning
-from ._ledger import Ledger
+from ._ledger import HELD, Ledger
 from ._policy import Bits, Exclude, Keep
 from ._report import Report
+from ._sites import Sites, Verdict
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -91,6 +92,7 @@ class scope:
     ) -> None:
         self._settings = _policy.check_settings(bits, min_bytes, exclude, exact, recompute, engine, codebooks)
         self._ledger = Ledger()
+        self._sites = Sites()
         self._warned = False
 
     def __repr__(self) -> str:
@@ -206,6 +208,7 @@ class scope:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._ledger = Ledger()
+        self._sites = Sites()
         self._warned = False
 
 
@@ -265,7 +268,12 @@ def _recognised(entry: _stack.Entry, call: Call, func: Any, args: tuple[Any, ...
     run = functools.partial(call.one_node or func, *args, **kwargs)
     if call.one_node is not None:
         return _hooks.run_as_one_node(plan, ledger, x, run)
-    return _hooks.run_coded(plan, ledger, x, run)
+    site = entry.scope._sites.find(call.name, ledger.coming_step)
+    verdict = site.verdict if site is not None else Verdict.UNKNOWN
+    if verdict is Verdict.LEAVE:
+        return _keep(ledger, call, HELD, x, run)
+    use_output = verdict is Verdict.OUTPUT and not settings.exact
+    return _hooks.run_coded(plan, ledger, x, run, site, plan.inverse if use_output else None)
 
 
 def _keep(ledger: Ledger, call: Call, reason: str, x: Tensor, run: Callable[[], Any]) -> Any:

@@ -1,0 +1,124 @@
+"""The derivative from the output: what a kept output, and at most one bit, say about f'.
+
+NOTE [ Beside a kept output ]
+
+Where somebody else keeps y = f(x) anyway (the next trainable Linear, the product of a gated unit), it costs nothing to use.
+A monotone f can be inverted: y alone gives x, and so f'. gelu, silu, mish and hardswish fall to one minimum and then
+rise: y and one bit, which side of the minimum x lay on, give x.
+
+Inverting is one look-up: y, rounded to 16 bits, and the side address a table of 2 x 65,536 inputs, the stand-ins. A
+bfloat16 or float16 y is that number already. A float32 or float64 y loses digits, those that a derivative needs
+least: (measured, N(0, 1) inputs) the relative RMS error of f' is 0.2 % in bfloat16 and 0.03 % in the others, where the
+optimal 3-bit codebooks have 9 to 10 %. It is largest at the minimum itself, where y says little about x: there f', which is
+near 0, is off by up to sqrt(2 f''(x) dy), dy being the rounding of y: 0.04 in bfloat16, 0.01 in the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ._activations import pristine
+from ._standins import Function, all_values, saved_by
+
+Array = NDArray[np.float64]
+
+REACH = 32.0
+"""Inputs are sought in [-32, 32]: beyond it every derivative here has saturated."""
+POINTS = 2**17 + 1
+"""Odd, so that 0, where selu bends, is one. Linear between them is exact to 1e-7, less than what float16 tells apart."""
+
+
+class Inverse:
+    """How f is undone.
+
+    Args:
+        function: the call, of a tensor.
+        minimum: where f has its minimum; None where it rises everywhere.
+    """
+
+    def __init__(self, function: Function, minimum: float | None) -> None:
+        self._function = function
+        self.minimum = minimum
+        self._tables: dict[tuple[torch.dtype, torch.dtype, torch.device], list[Tensor | None]] = {}
+
+    @property
+    def bits(self) -> int:
+        """Bits an element that must be kept beside the output."""
+        return 0 if self.minimum is None else 1
+
+    def side(self, x: Tensor) -> Tensor:
+        """The bit: right of the minimum. A coder, as `ops.encode` takes it."""
+        return x > self.minimum
+
+    def table(self, k: int, output: torch.dtype, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """What to hand the node for the k-th tensor that the call saves, by output and side.
+
+        Args:
+            output: the output's dtype, by which `ops.decode_beside` looks up.
+            dtype, device: of the saved tensor.
+
+        Returns:
+            65,536 values, or 2 x 65,536; None for a saved tensor that is not of the input's shape.
+        """
+        key = output, dtype, device
+        if key not in self._tables:
+            s = self.inputs(torch.bfloat16 if output == torch.bfloat16 else torch.float16)
+            saved = saved_by(self._function, s.to(dtype).to(device, non_blocking=True))
+            self._tables[key] = [t.to(dtype) if t.shape == s.shape else None for t in saved]
+        return self._tables[key][k]
+
+    def inputs(self, dtype: torch.dtype) -> Tensor:
+        """The inputs, in float64, of all 65,536 outputs of a 16-bit dtype: those left of the minimum, then those right."""
+        y = all_values(dtype).double().nan_to_num(nan=REACH, posinf=REACH, neginf=-REACH).numpy()
+        if self.minimum is None:
+            return torch.from_numpy(self._solve(y, np.linspace(-REACH, REACH, POINTS)))
+        # in steps that grow from the minimum, where y changes with the square of the distance
+        steps = np.linspace(0.0, 1.0, POINTS) ** 2
+        left = self._solve(y, self.minimum - steps[::-1] * (REACH + self.minimum))
+        right = self._solve(y, self.minimum + steps * (REACH - self.minimum))
+        return torch.from_numpy(np.concatenate([left, right]))
+
+    def _solve(self, y: Array, x: Array) -> Array:
+        """Where f reaches y among `x`, linear between them; the nearer end where it never does."""
+        reached, first = np.unique(_evaluate(self._function, x), return_index=True)  # of a flat piece the first x
+        solution: Array = np.interp(y, reached, x[first])
+        return solution
+
+
+def find_inverse(function: Function, derivative: Callable[[Array], Array]) -> Inverse | None:
+    """How to undo f; None where f falls for good, or turns more than once, or saves its output itself.
+
+    >>> import torch, fewbit_hooks as fewbit
+    >>> silu = next(a for a in fewbit.activations() if a.name == "silu")
+    >>> round(find_inverse(silu.function, silu.derivative).minimum, 4)
+    -1.2785
+    """
+    grid = np.linspace(-REACH, REACH, 2**14 + 1)
+    saved = saved_by(function, torch.from_numpy(grid))
+    if len(saved) == 1 and np.array_equal(saved[0].numpy(), _evaluate(function, grid)):
+        return None  # whoever keeps the output keeps what the node saves: there is nothing to be freed
+    slope = derivative(grid)
+    flat = 1e-12 * np.abs(slope).max()
+    rising, falling = np.flatnonzero(slope > flat), np.flatnonzero(slope < -flat)
+    if not len(rising):
+        return None
+    if not len(falling):
+        return Inverse(function, None)
+    if falling[-1] > rising[0]:
+        return None
+    low, high = grid[falling[-1]], grid[rising[0]]
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if derivative(np.array([middle]))[0] < 0 else (low, middle)
+    return Inverse(function, float(high))
+
+
+def _evaluate(function: Function, x: Array) -> Array:
+    with pristine(), torch.no_grad():
+        y: Array = function(torch.from_numpy(x.copy())).numpy()
+    return y

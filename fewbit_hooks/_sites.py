@@ -1,0 +1,203 @@
+"""Call sites, and what a scope has learned about them.
+
+NOTE [ Learning what is kept ]
+
+Whether somebody else keeps a call's input or output is only known when the forward is over. It is the same in the next
+step, though, and so it is learned for each *site*: the module, and the place in the code from which the call came.
+
+1. An unknown site is coded, and watched through weak references: of what its node saved, and of its output.
+2. When the forward is over (a scope is left, or a backward begins) it is seen which of these storages are alive. Modules
+   that are still in their forward are left out: their local variables are.
+3. Two steps in a row that agree decide. *Input kept*: coding frees nothing, the call is left alone. *Output kept*: f'
+   is had from the output, and the input goes (NOTE [ Beside a kept output ]), unless the output was seen to be changed
+   in place. *Neither*: codes.
+4. Every `LOOK_AGAIN` steps, and when a module's mode or a parameter's `requires_grad` changes, a site is unknown again.
+
+Only sites inside a module are learned: a bare call with a variable that still holds its input says nothing about the
+next one.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+import weakref
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, FrameType
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ._modules import CALL_IMPL, ModuleRef, outermost_module
+
+LOOK_AGAIN = 64
+"""Steps after which a site is looked at again: a change that nothing announces costs memory for that long at most."""
+AGREE = 2
+
+# frames of torch, and ours, are not the user's code
+_NOT_THE_USERS = str(Path(torch.__file__).parent), str(Path(__file__).parent)
+
+
+class Verdict(enum.Enum):
+    """What is to be done at a site."""
+
+    UNKNOWN = "unknown"
+    CODES = "codes"
+    LEAVE = "leave"
+    OUTPUT = "output"
+
+
+class Site:
+    """What is known of one place.
+
+    Attributes:
+        module: whose forward makes the call.
+        verdict: what is to be done there.
+        output_changes: its output was seen to be changed in place, so that it is never relied upon.
+    """
+
+    __slots__ = ("_agreed", "_code", "_found", "_step", "_training", "module", "output_changes", "verdict")
+
+    def __init__(self, module: nn.Module, code: CodeType | None) -> None:
+        self.module: ModuleRef = weakref.ref(module)
+        self._code = code  # kept, so that its address, part of the key, is not used again
+        self._training = module.training
+        self.output_changes = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Unknown again."""
+        self.verdict = self._found = Verdict.UNKNOWN
+        self._agreed = self._step = 0
+
+    def is_stale(self, module: nn.Module, step: int) -> bool:
+        """Whether what is known was seen in another mode of the module, or long ago."""
+        if self._training != module.training:
+            self._training = module.training
+            return True
+        return self._agreed > 0 and step - self._step > LOOK_AGAIN
+
+    @property
+    def expected(self) -> Verdict:
+        """What the last look said, decided or not."""
+        return self._found
+
+    def learn(self, found: Verdict, step: int) -> None:
+        """One more look; calls of one place that differ within a step leave it at codes."""
+        if self._agreed and step == self._step:
+            if found is not self._found:
+                self._found, self._agreed = Verdict.CODES, 1
+        else:
+            self._agreed = self._agreed + 1 if found is self._found else 1
+            self._found = found
+        self._step = step
+        self.verdict = self._found if self._agreed >= AGREE else Verdict.UNKNOWN
+
+
+class Watch:
+    """One call, whose storages are looked at when the forward is over.
+
+    Attributes:
+        site: where the call was made.
+        saved: the storages that its node would have kept.
+        output: the storage of its output.
+        held: the output itself, for its version alone.
+        relied: the derivative is taken from the output already, and its packed object holds it.
+    """
+
+    __slots__ = ("_version", "held", "output", "relied", "saved", "site")
+
+    def __init__(self, site: Site, saved: list[StorageWeakRef], output: Tensor, *, relied: bool) -> None:
+        self.site = site
+        self.saved = saved
+        self.output = StorageWeakRef(output.untyped_storage())
+        self.relied = relied
+        self.held = output.detach() if relied or site.expected is Verdict.OUTPUT else None
+        self._version = output._version
+
+    def look(self, step: int) -> None:
+        """See which storages are alive, and learn of it."""
+        if self.held is not None:
+            if self.held._version != self._version:
+                self.site.output_changes = True
+                self.site.forget()
+            self.held = None  # or our own reference would be what keeps it
+        if self.relied:
+            return  # what the packed object holds tells nothing of what others do
+        if all(not storage.expired() for storage in self.saved):
+            found = Verdict.LEAVE
+        elif not self.output.expired() and not self.site.output_changes:
+            found = Verdict.OUTPUT
+        else:
+            found = Verdict.CODES
+        self.site.learn(found, step)
+
+
+class Sites:
+    """The sites of one scope."""
+
+    def __init__(self) -> None:
+        self._sites: dict[tuple[int, int, int, str], Site] = {}
+        self._purge_at = 1024
+        self._looked_at_model = -1
+        self._models: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[nn.Parameter], list[bool]]]
+        self._models = weakref.WeakKeyDictionary()
+
+    def find(self, activation: str, step: int) -> Site | None:
+        """The site from which the running call comes; None outside of any module."""
+        place: tuple[CodeType | None, int] | None = None
+        module: nn.Module | None = None
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and (module is None or place is None):
+            code = frame.f_code
+            if module is None and code is CALL_IMPL:
+                module = frame.f_locals["self"]
+            elif place is None and not code.co_filename.startswith(_NOT_THE_USERS):
+                place = code, frame.f_lasti
+            frame = frame.f_back
+        if module is None:
+            return None
+        if step != self._looked_at_model:
+            self._looked_at_model = step
+            self._look_at_model(step)
+        code, instruction = place or (None, 0)
+        key = id(module), id(code), instruction, activation
+        site = self._sites.get(key)
+        if site is None or site.module() is not module:
+            site = self._sites[key] = Site(module, code)
+            self._purge()
+        elif site.is_stale(module, step):
+            site.forget()
+        return site
+
+    def _look_at_model(self, step: int) -> None:
+        """Forget all if a parameter's `requires_grad` has changed: a layer that is frozen keeps its input no longer."""
+        model = outermost_module()
+        if model is None:
+            return
+        looked, parameters, flags = self._models.get(model, (-LOOK_AGAIN - 1, [], []))
+        if step - looked > LOOK_AGAIN:  # parameters may have been added or replaced
+            looked, parameters = step, list(model.parameters())
+        now = [p.requires_grad for p in parameters]
+        if now != flags and flags:
+            for site in self._sites.values():
+                site.forget()
+        self._models[model] = looked, parameters, now
+
+    def _purge(self) -> None:
+        """Drop the sites of modules that are gone."""
+        if len(self._sites) >= self._purge_at:
+            self._sites = {key: site for key, site in self._sites.items() if site.module() is not None}
+            self._purge_at = max(1024, 2 * len(self._sites))
+
+
+def look(watches: list[Watch], running: Collection[nn.Module], step: int) -> list[Watch]:
+    """Look at each call that is over; returns those whose module is still in its forward."""
+    still_running = [watch for watch in watches if watch.site.module() in running]
+    for watch in watches:
+        if watch not in still_running:
+            watch.look(step)
+    return still_running

@@ -1,0 +1,41 @@
+"""Decoding beside a kept output: the output's own value, and at most one bit, address a table."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._coders import look_up
+from ._layout import Layout, chunks
+from ._torch import unpack_bits
+
+
+def decode_beside(output: Tensor, packed: Tensor | None, table: Tensor, layout: Layout) -> Tensor:
+    """A tensor of the given layout that holds, for each element, the table's entry at its output and its bit.
+
+    >>> output = torch.tensor([0.5, 2.0], dtype=torch.float16)
+    >>> halves = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.float16)
+    >>> decode_beside(output, None, halves * 10, Layout.of(output))
+    tensor([ 5., 20.], dtype=torch.float16)
+
+    Args:
+        output: of the layout's shape. bfloat16 is looked up by its bits, every other dtype by those of its float16.
+        packed: one bit an element, as `encode` packs them; None where the output says it all.
+        table: 65,536 values, or 131,072: those for bit 0, then those for bit 1.
+        layout: of the result, in the dtype and on the device of the table.
+    """
+    result = layout.empty()
+    flat = result.as_strided((result.numel(),), (1,))
+    if Layout.of(output).stride != layout.stride:  # in the order of the result's memory
+        output = torch.empty_strided(layout.shape, layout.stride, dtype=output.dtype, device=output.device).copy_(
+            output
+        )
+    for start, chunk in chunks(output):
+        stop = start + chunk.numel()
+        half = chunk if chunk.dtype == torch.bfloat16 else chunk.half()
+        index = half.view(torch.uint16).to(torch.int64)
+        if packed is not None:
+            side = unpack_bits(packed[start // 8 : (stop + 7) // 8], 1, chunk.numel())
+            index += side.to(torch.int64) << 16
+        look_up(table, index, flat[start:stop])
+    return result
