@@ -29,7 +29,7 @@ def _no_jumps(**parameters: Parameter) -> tuple[float, ...]:
     return ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Activation:
     """A pointwise function and what is known of it.
 
@@ -113,13 +113,16 @@ class Activation:
         array([0.5, 1. ])
         """
         parameters = self.check(parameters)
-        with pristine():
-            s = torch.tensor(np.asarray(x, np.float64), device="cpu")
-            if self.derivative_of is not None:
-                return np.asarray(self.derivative_of(s, **parameters), np.float64)
-            s.requires_grad_()
-            y = self.function(s, **parameters)
-            (slope,) = torch.autograd.grad(y, s, torch.ones_like(y))
+        try:
+            with pristine():
+                s = torch.tensor(np.asarray(x, np.float64), device="cpu")
+                if self.derivative_of is not None:
+                    return np.asarray(self.derivative_of(s, **parameters), np.float64)
+                y = self.function(s.requires_grad_(), **parameters)
+                (slope,) = torch.autograd.grad(y, s, torch.ones_like(y))
+        except RuntimeError as error:
+            given = ", ".join(f"{key}={value!r}" for key, value in parameters.items())
+            raise FewbitValueError(f"{self.name}({given}) has no derivative: {error}") from error
         result: NDArray[np.float64] = slope.numpy()
         return result
 

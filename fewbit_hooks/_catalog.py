@@ -79,7 +79,7 @@ def codebook(
     with _lock:  # threads that ask for the same codebook at the same time compute it once
         if density.content == "uniform" and density.interval == DEFAULT_INTERVAL and (name, bits, key) in _shipped():
             return _shipped()[name, bits, key]
-        return _computed(name, bits, density, key, activation.function)
+        return _computed(activation, bits, density, key)
 
 
 def compute(activation: Activation, bits: int, weight: Weight, parameters: Mapping[str, Parameter]) -> Codebook:
@@ -97,11 +97,9 @@ def compute(activation: Activation, bits: int, weight: Weight, parameters: Mappi
 
 
 @lru_cache(maxsize=1024)
-def _computed(
-    name: str, bits: int, weight: Weight, key: tuple[tuple[str, Parameter], ...], function: Callable[..., Any]
-) -> Codebook:
-    # `function` is there as part of the key: a name registered anew must not get the old one's codebook
-    return compute(find(name), bits, weight, dict(key))
+def _computed(activation: Activation, bits: int, weight: Weight, key: tuple[tuple[str, Parameter], ...]) -> Codebook:
+    # keyed by the activation itself: a name registered anew must not get the old one's codebook
+    return compute(activation, bits, weight, dict(key))
 
 
 @cache

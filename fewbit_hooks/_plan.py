@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._activations import Activation, Parameter
+from ._activations import Activation, Parameter, pristine
 from ._codebook import Codebook
 from ._errors import FewbitError
 from ._inverse import Inverse, find_inverse
@@ -104,6 +104,12 @@ class Plan:
         if self._intermediates is None:
             self._intermediates = intermediates(self._function, torch.zeros(8, dtype=x.dtype, device=x.device))
         return int(self._intermediates * x.numel() * x.element_size())
+
+    def captures(self, x: Tensor) -> bool:
+        """Whether the function, a closure say, depends on a tensor beside its input that requires grad."""
+        with pristine():
+            y: Tensor = self._function(torch.zeros(1, dtype=x.dtype, device=x.device))
+        return y.requires_grad
 
     def _two_valued_coder(self, dtype: torch.dtype, device: torch.device) -> Coder:
         if dtype not in SIXTEEN_BIT:

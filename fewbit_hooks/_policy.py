@@ -33,6 +33,8 @@ annealed from step to step would otherwise cost that at every step."""
 
 MEASURE = "measured only: bits=None"
 SMALL = "smaller than min_bytes"
+EMPTY = "no elements"
+CAPTURED = "it depends on another tensor that requires grad"
 PARAMETER = "a parameter: the model keeps it anyway"
 CHECKPOINT = "inside checkpoint"
 HOOKS = "inside other saved-tensor hooks"
@@ -168,6 +170,8 @@ def innermost_hooks() -> object:
 _plans: dict[Any, Plan] = {}
 _own_parameters: dict[str, set[Any]] = {}
 MAX_PLANS = 4096
+SLOPED = frozenset({"celu", "elu", "leaky_relu"})
+"""In place they save their output, from which the sign of the input is told only if no slope is negative."""
 
 
 def make_plan(
@@ -192,22 +196,18 @@ def make_plan(
         if not isinstance(value, (int, float, str, type(None))):  # a tensor as a key would match after it has changed
             raise Keep(f"an argument of {call.name} is a {type(value).__name__}")
     book = settings.codebooks.get(call.name)
-    key = function, rest, tuple(named.items()), bits, book
+    key = function, activation, rest, tuple(named.items()), bits, book
     plan = _plans.get(key)
     if plan is None:
         try:
             parameters, inplace = call.parameters(args, kwargs)
+            if not activation.exact and (book is None or dict(book.parameters) != parameters):
+                _limit_own(activation, parameters)
+                book = codebook(call.name, bits, weight=activation.weight, interval=activation.interval, **parameters)
         except FewbitError as error:
             raise Keep(str(error)) from None
-        if not activation.exact and (book is None or dict(book.parameters) != parameters):
-            _limit_own(activation, parameters)
-            book = codebook(call.name, bits, weight=activation.weight, interval=activation.interval, **parameters)
-        if (
-            inplace
-            and min(v for v in (0.0, *parameters.values()) if isinstance(v, float)) < 0
-            and call.name != "hardtanh"
-        ):
-            raise Keep(f"in place with a negative parameter of {call.name}, which its backward may not support")
+        if inplace and call.name in SLOPED and min(v for v in parameters.values() if isinstance(v, float)) < 0:
+            raise Keep(f"{call.name} in place with a negative parameter, for which it has no backward")
         plan = Plan(activation, parameters, book, lambda t: function(t, *rest, **named), inplace)
         if len(_plans) >= MAX_PLANS:  # parameters that change at every call, as in adaptive clipping
             _plans.clear()

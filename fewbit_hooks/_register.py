@@ -48,7 +48,8 @@ def register(
 
     Args:
         function: maps a tensor, element by element, to one of the same shape and dtype, without changing it. Further
-            arguments are its parameters: numbers or strings with a default, part of the codebook's key.
+            arguments are its parameters: numbers or strings with a default, part of the codebook's key. A closure
+            over a tensor that requires grad (a learned slope) runs as it is, uncompressed.
         name: as reports and `bits={"name": ...}` use it; the function's own name by default.
         derivative: `derivative(x, **parameters)` of a float64 tensor; by default autograd's, taken on the quantizer's
         grid.
@@ -73,7 +74,7 @@ def register(
         raise FewbitValueError(
             f"register: the name {name!r} is that of a built-in activation. Give another: name='my_{name}'"
         )
-    parameters = _parameters(function, name)
+    first, parameters = _parameters(function, name)
     own = tuple(float(j) for j in jumps)
     activation = Activation(
         name,
@@ -90,10 +91,12 @@ def register(
     _check_pointwise(activation)
 
     @functools.wraps(function)
-    def registered(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if has_torch_function_unary(x):
-            return handle_torch_function(registered, (x,), x, *args, **kwargs)
-        return function(x, *args, **kwargs)
+    def registered(*args: Any, **kwargs: Any) -> Any:
+        if not args and first in kwargs:
+            args = (kwargs.pop(first),)
+        if args and has_torch_function_unary(args[0]):
+            return handle_torch_function(registered, args[:1], *args, **kwargs)
+        return function(*args, **kwargs)
 
     call = Call(name, activation, tuple(parameters), one_node=function)
     register_call(registered, call)
@@ -103,17 +106,18 @@ def register(
     return registered
 
 
-def _parameters(function: Callable[..., Any], name: str) -> dict[str, Any]:
+def _parameters(function: Callable[..., Any], name: str) -> tuple[str, dict[str, Any]]:
+    """The name of the input, and the parameters with their defaults."""
     try:
-        given = list(inspect.signature(function).parameters.values())[1:]
-    except ValueError:  # a builtin: torch.ops.my_library.f
-        return {}
+        first, *given = inspect.signature(function).parameters.values()
+    except ValueError:  # a builtin: torch.ops.my_library.f, or one without arguments
+        return "input", {}
     without = [p.name for p in given if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if without:
         raise FewbitTypeError(
             f"register: {name}'s parameter {without[0]!r} needs a default: it is part of the codebook's key"
         )
-    return {p.name: p.default for p in given if p.default is not p.empty}
+    return first.name, {p.name: p.default for p in given if p.default is not p.empty}
 
 
 def _check_pointwise(activation: Activation) -> None:

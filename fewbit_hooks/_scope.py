@@ -253,7 +253,7 @@ def _recognised(entry: _stack.Entry, call: Call, func: Any, args: tuple[Any, ...
     if not x.requires_grad:
         return func(*args, **kwargs)
     if not reason and (nbytes := x.numel() * x.element_size()) < max(settings.min_bytes, 1):
-        ledger.passed(call.name, _policy.SMALL, nbytes)
+        ledger.passed(call.name, _policy.SMALL if nbytes else _policy.EMPTY, nbytes)
         return func(*args, **kwargs)
     try:
         if reason:
@@ -263,6 +263,8 @@ def _recognised(entry: _stack.Entry, call: Call, func: Any, args: tuple[Any, ...
         if settings.exclude and settings.exclude.here():
             raise Keep(_policy.EXCLUDED)
         plan = _policy.make_plan(settings, call, func, args, kwargs, x)
+        if call.one_node is not None and plan.captures(x):
+            raise Keep(_policy.CAPTURED)
     except Keep as keep:
         return _keep(ledger, call, str(keep), x, functools.partial(func, *args, **kwargs))
     run = functools.partial(call.one_node or func, *args, **kwargs)

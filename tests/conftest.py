@@ -13,6 +13,9 @@ from torch import Tensor, nn
 import fewbit_hooks as fewbit
 from fewbit_hooks import _stack
 
+# Thousands of small calls: on a busy machine a second thread makes them three times slower. test_ops.py uses all.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_open() -> Iterator[None]:

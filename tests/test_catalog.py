@@ -404,3 +404,8 @@ def test_weights_that_are_none_are_refused(weight, error, message):
 def test_an_interval_with_a_weight_that_brings_its_own_is_refused(weight):
     with pytest.raises(FewbitValueError, match=r"brings its own, got \(-2.0, 2.0\). Leave interval out"):
         codebook("gelu", 2, weight=weight, interval=(-2, 2))
+
+
+def test_a_parameter_that_torch_does_not_accept_is_named() -> None:
+    with pytest.raises(FewbitValueError, match=r"gelu\(approximate='foo'\) has no derivative: approximate argument"):
+        codebook("gelu", 3, approximate="foo")

@@ -190,15 +190,17 @@ def test_codebooks_given_are_used_for_their_activation_and_parameters(x: Tensor)
     torch.testing.assert_close(grad, expected, rtol=0, atol=5e-6)
 
 
-def test_parameters_that_change_at_every_call_do_not_cost_a_codebook_each(x: Tensor) -> None:
+def test_parameters_that_change_at_every_call_do_not_cost_a_codebook_each(
+    x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     limit = _policy.OWN_CODEBOOKS
-    _policy._own_parameters.pop("celu", None)
+    monkeypatch.setattr(_policy, "_plans", {})
+    monkeypatch.setattr(_policy, "_own_parameters", {})
     with fewbit.scope(bits=1, min_bytes=0) as memory:
         kept = [F.celu(x * 1, alpha=1.5 + i / 64) for i in range(limit + 3)]
     rows = {row.bits: row for row in memory.report().rows}
     assert (rows[1].calls, rows[None].calls) == (limit, 3)
     assert rows[None].reason == f"more than {limit} combinations of celu's parameters"
-    _policy._own_parameters.pop("celu", None)
     assert kept
 
 
