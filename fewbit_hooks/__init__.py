@@ -20,6 +20,7 @@ from ._errors import FewbitValueError as FewbitValueError
 from ._errors import FewbitWarning as FewbitWarning
 from ._register import register as register
 from ._report import Report as Report
+from ._report import ReportRow as ReportRow
 from ._scope import scope as scope
 
 __version__ = "0.1.0"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ._errors import FewbitError, FewbitTypeError, FewbitWarning
 from ._report import align, human
 from ._scope import scope
+from ._sites import AGREE
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,9 @@ def compare(step: Callable[[], Tensor], bits: Any = (1, 2, 3, 4), **options: Any
     >>> [row.cosine > 0.99 for row in result.rows]
     [True, True]
 
-    The step runs exactly, exactly again (to see whether it repeats itself), and once for each number of bits, each
-    time from the same state of the random number generators. All norms are of all leaves that require grad together,
-    in float64.
+    The step runs exactly, exactly again (to see whether it repeats itself), and three times for each number of bits
+    (the last, when the scope has learned what is kept, counts), each time from the same state of the random number
+    generators. All norms are of all leaves that require grad together, in float64.
 
     Args:
         step: makes the forward and returns the loss, a scalar tensor; it must not call `backward()` or an optimizer.
@@ -122,8 +123,9 @@ def compare(step: Callable[[], Tensor], bits: Any = (1, 2, 3, 4), **options: Any
         )
     rows = []
     for b, few in zip(settings, opened, strict=True):
-        with _restored(), _buffers_restored(), few:
-            loss, gradients = _gradients(step)
+        for _ in range(AGREE + 1):  # the scope first learns what is kept; the last run counts
+            with _restored(), _buffers_restored(), few:
+                loss, gradients = _gradients(step)
         cosine, error = _compare(exact, gradients)
         report = few.report()
         rows.append(ComparisonRow(b, cosine, error, loss, report.original_bytes, report.held_bytes))

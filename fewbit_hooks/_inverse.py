@@ -2,15 +2,16 @@
 
 NOTE [ Beside a kept output ]
 
-Where somebody else keeps y = f(x) anyway (the next trainable Linear, the product of a gated unit), it costs nothing to use.
-A monotone f can be inverted: y alone gives x, and so f'. gelu, silu, mish and hardswish fall to one minimum and then
+Where somebody else keeps y = f(x) anyway (the next trainable Linear, the product of a gated unit), it costs nothing
+to use. A monotone f can be inverted: y alone gives x, and so f'. gelu, silu, mish and hardswish fall to one minimum
+and then
 rise: y and one bit, which side of the minimum x lay on, give x.
 
 Inverting is one look-up: y, rounded to 16 bits, and the side address a table of 2 x 65,536 inputs, the stand-ins. A
 bfloat16 or float16 y is that number already. A float32 or float64 y loses digits, those that a derivative needs
 least: (measured, N(0, 1) inputs) the relative RMS error of f' is 0.2 % in bfloat16 and 0.03 % in the others, where the
-optimal 3-bit codebooks have 9 to 10 %. It is largest at the minimum itself, where y says little about x: there f', which is
-near 0, is off by up to sqrt(2 f''(x) dy), dy being the rounding of y: 0.04 in bfloat16, 0.01 in the others.
+optimal 3-bit codebooks have 9 to 10 %. It is largest at the minimum itself, where y says little about x: there f',
+which is near 0, is off by up to sqrt(2 f''(x) dy), dy being the rounding of y: 0.04 in bfloat16, 0.01 in the others.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Array = NDArray[np.float64]
 REACH = 32.0
 """Inputs are sought in [-32, 32]: beyond it every derivative here has saturated."""
 POINTS = 2**17 + 1
-"""Odd, so that 0, where selu bends, is one. Linear between them is exact to 1e-7, less than what float16 tells apart."""
+"""Odd, so that 0, where selu bends, is one. Linear between them is exact to 1e-7, less than float16 tells apart."""
 
 
 class Inverse:
@@ -53,6 +54,7 @@ class Inverse:
 
     def side(self, x: Tensor) -> Tensor:
         """The bit: right of the minimum. A coder, as `ops.encode` takes it."""
+        assert self.minimum is not None
         return x > self.minimum
 
     def table(self, k: int, output: torch.dtype, dtype: torch.dtype, device: torch.device) -> Tensor | None:
@@ -73,7 +75,7 @@ class Inverse:
         return self._tables[key][k]
 
     def inputs(self, dtype: torch.dtype) -> Tensor:
-        """The inputs, in float64, of all 65,536 outputs of a 16-bit dtype: those left of the minimum, then those right."""
+        """The inputs, in float64, of all outputs of a 16-bit dtype: those left of the minimum, then those right."""
         y = all_values(dtype).double().nan_to_num(nan=REACH, posinf=REACH, neginf=-REACH).numpy()
         if self.minimum is None:
             return torch.from_numpy(self._solve(y, np.linspace(-REACH, REACH, POINTS)))

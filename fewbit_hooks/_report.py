@@ -21,22 +21,22 @@ class ReportRow:
         activation, module: the activation's name; the path of the module that called it, empty outside of any.
         calls: how often it was called.
         bits: bits an element; None where it was kept.
-        beside_output: the derivative is taken from the output, which somebody else keeps, and from those bits.
         original_bytes: storages that stock autograd would have kept for these calls, each counted once in a report.
         stored_bytes: codes.
         freed_bytes: original storages that are gone.
         reason: why it was kept, or why not all of it was freed.
+        beside_output: the derivative is taken from the output, which somebody else keeps, and from those bits.
     """
 
     activation: str
     module: str
     calls: int
     bits: int | None
-    beside_output: bool
     original_bytes: int
     stored_bytes: int
     freed_bytes: int
     reason: str
+    beside_output: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,11 @@ class Report:
                     _modules.path(row.module, row.model) or row.module_class,
                     row.calls,
                     row.bits,
-                    row.beside_output,
                     row.original_bytes,
                     row.stored_bytes,
                     row.freed_bytes,
                     reason,
+                    row.beside_output,
                 )
             )
         return cls(tuple(rows), ledger.steps)
@@ -182,11 +182,11 @@ class Report:
                     module,
                     row.calls + other.calls,
                     row.bits,
-                    row.beside_output,
                     row.original_bytes + other.original_bytes,
                     row.stored_bytes + other.stored_bytes,
                     row.freed_bytes + other.freed_bytes,
                     row.reason,
+                    row.beside_output,
                 )
             merged[key] = row
         return sorted(merged.values(), key=lambda row: -row.original_bytes)

@@ -3,11 +3,12 @@
 NOTE [ Learning what is kept ]
 
 Whether somebody else keeps a call's input or output is only known when the forward is over. It is the same in the next
-step, though, and so it is learned for each *site*: the module, and the place in the code from which the call came.
+step, though, and so it is learned for each *site*: the module, and the place in a module's code from which the call
+came (one ReLU module may serve at three places).
 
 1. An unknown site is coded, and watched through weak references: of what its node saved, and of its output.
 2. When the forward is over (a scope is left, or a backward begins) it is seen which of these storages are alive. Modules
-   that are still in their forward are left out: their local variables are.
+   still in their forward are left out: their local variables are alive.
 3. Two steps in a row that agree decide. *Input kept*: coding frees nothing, the call is left alone. *Output kept*: f'
    is had from the output, and the input goes (NOTE [ Beside a kept output ]), unless the output was seen to be changed
    in place. *Neither*: codes.
@@ -23,7 +24,6 @@ import enum
 import sys
 import weakref
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType
 
@@ -148,26 +148,31 @@ class Sites:
 
     def find(self, activation: str, step: int) -> Site | None:
         """The site from which the running call comes; None outside of any module."""
-        place: tuple[CodeType | None, int] | None = None
         module: nn.Module | None = None
+        place: tuple[CodeType | None, int] = None, 0
+        candidate: tuple[CodeType, int] | None = None
         frame: FrameType | None = sys._getframe(1)
-        while frame is not None and (module is None or place is None):
+        while frame is not None:
             code = frame.f_code
-            if module is None and code is CALL_IMPL:
-                module = frame.f_locals["self"]
-            elif place is None and not code.co_filename.startswith(_NOT_THE_USERS):
-                place = code, frame.f_lasti
+            if code is CALL_IMPL:
+                if module is None:
+                    module = frame.f_locals["self"]
+                if candidate is not None:  # a place inside a module's forward: the line that calls the model is none
+                    place = candidate
+                    break
+            elif candidate is None and not code.co_filename.startswith(_NOT_THE_USERS):
+                candidate = code, frame.f_lasti
             frame = frame.f_back
         if module is None:
             return None
         if step != self._looked_at_model:
             self._looked_at_model = step
             self._look_at_model(step)
-        code, instruction = place or (None, 0)
-        key = id(module), id(code), instruction, activation
+        where, instruction = place
+        key = id(module), id(where), instruction, activation
         site = self._sites.get(key)
         if site is None or site.module() is not module:
-            site = self._sites[key] = Site(module, code)
+            site = self._sites[key] = Site(module, where)
             self._purge()
         elif site.is_stale(module, step):
             site.forget()

@@ -1,7 +1,7 @@
 """Elements to codes, codes to bytes, and back. Knows nothing of autograd, of scopes or of codebooks."""
 
-from ._coders import Coder as Coder
 from ._beside import decode_beside as decode_beside
+from ._coders import Coder as Coder
 from ._coders import Lookup as Lookup
 from ._coders import Thresholds as Thresholds
 from ._layout import Layout as Layout

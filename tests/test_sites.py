@@ -1,0 +1,304 @@
+"""Learning what is kept: left alone, beside the output, or codes; site by site."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fewbit_hooks as fewbit
+from fewbit_hooks import _sites
+from fewbit_hooks._ledger import HELD
+
+from .conftest import held_for_backward
+
+N = 64 * 64
+
+
+def steps(model: Callable[[Tensor], Tensor], opened: fewbit.scope, count: int = 3) -> list[dict[str, object]]:
+    """What each of some training steps does, by activation and module: bits, "y+bits" beside the output, or None."""
+    seen = []
+    for _ in range(count):
+        with opened:
+            loss = model(torch.randn(64, 64)).square().mean()
+        seen.append({f"{r.activation} {r.module}": how(r) for r in opened.report().rows})
+        loss.backward()
+    return seen
+
+
+def how(row: fewbit.ReportRow) -> object:
+    return f"y+{row.bits}" if row.beside_output else row.bits
+
+
+@pytest.fixture
+def opened() -> fewbit.scope:
+    return fewbit.scope(bits=3, min_bytes=0)
+
+
+def chain(*activations: nn.Module) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Linear(64, 64)]
+    for activation in activations:
+        layers += [activation, nn.Linear(64, 64)]
+    return nn.Sequential(*layers)
+
+
+def test_an_output_that_the_next_linear_keeps_serves_from_the_third_step_on(opened: fewbit.scope) -> None:
+    assert steps(chain(nn.GELU()), opened) == [{"gelu 1": 3}, {"gelu 1": 3}, {"gelu 1": "y+1"}]
+    row = opened.report().rows[0]
+    assert (row.stored_bytes, row.freed_bytes) == (N // 8, 4 * N)
+
+
+@pytest.mark.parametrize(
+    ("activation", "how"),
+    [
+        (nn.SiLU(), "y+1"),
+        (nn.Mish(), "y+1"),
+        (nn.Hardswish(), "y+1"),
+        (nn.GELU(approximate="tanh"), "y+1"),
+        (nn.ELU(), "y+0"),
+        (nn.SELU(), "y+0"),
+        (nn.CELU(2.0), "y+0"),
+        (nn.Softplus(), "y+0"),
+        (nn.LogSigmoid(), "y+0"),
+        (nn.Softsign(), "y+0"),
+        (nn.Tanhshrink(), "y+0"),
+        (nn.SiLU(inplace=True), "y+1"),
+        (nn.ReLU(), None),
+        (nn.Tanh(), None),
+        (nn.Sigmoid(), None),
+        (nn.ELU(inplace=True), None),
+        (nn.ReLU6(), 1),
+    ],
+    ids=repr,
+)
+def test_what_is_learned_of_each_activation_before_a_linear(opened: fewbit.scope, activation: nn.Module, how) -> None:
+    (found,) = steps(chain(activation), opened)[-1].values()
+    assert found == how
+
+
+def test_a_relu_before_a_linear_is_left_alone_and_exact(opened: fewbit.scope) -> None:
+    model = chain(nn.ReLU(), nn.Tanh())
+    assert steps(model, opened)[-1] == {"relu 1": None, "tanh 3": None}
+    assert {row.reason for row in opened.report().rows} == {HELD}
+    x = torch.randn(64, 64)
+    with opened:
+        loss = model(x).square().mean()
+    coded = torch.autograd.grad(loss, list(model.parameters()))
+    exact = torch.autograd.grad(model(x).square().mean(), list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(coded, exact, strict=True))
+
+
+def test_a_frozen_next_layer_keeps_nothing_so_codes_stay(opened: fewbit.scope) -> None:
+    model = chain(nn.GELU())
+    model[2].requires_grad_(False)
+    assert steps(model, opened, 4)[-1] == {"gelu 1": 3}
+
+
+def test_freezing_and_unfreezing_the_next_layer_is_noticed(opened: fewbit.scope) -> None:
+    model = chain(nn.GELU())
+    assert steps(model, opened)[-1] == {"gelu 1": "y+1"}
+    model[2].requires_grad_(False)
+    assert steps(model, opened) == [{"gelu 1": 3}] * 3
+    model[2].requires_grad_(True)
+    assert steps(model, opened) == [{"gelu 1": 3}, {"gelu 1": 3}, {"gelu 1": "y+1"}]
+
+
+def test_another_mode_of_the_module_is_learned_anew(opened: fewbit.scope) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Dropout(0.5), nn.Linear(64, 64))
+    assert steps(model.eval(), opened)[-1] == {"gelu 1": "y+1"}
+    assert steps(model.train(), opened, 4)[-1]["gelu 1"] == 3
+    assert steps(model.eval(), opened)[0] == {"gelu 1": 3}
+
+
+def test_a_site_is_looked_at_again_now_and_then(opened: fewbit.scope, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sites, "LOOK_AGAIN", 5)
+    seen = [step["gelu 1"] for step in steps(chain(nn.GELU()), opened, 12)]
+    assert seen == [3, 3, "y+1", "y+1", "y+1", "y+1", "y+1", 3, 3, "y+1", "y+1", "y+1"]
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def test_the_product_of_a_gated_unit_keeps_the_output(opened: fewbit.scope) -> None:
+    assert steps(Gated(), opened)[-1] == {"silu Gated": "y+1"}
+
+
+class Halves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(64, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, g = self.proj(x).chunk(2, dim=-1)
+        return a * F.gelu(g)
+
+
+def test_a_gate_that_shares_its_storage_is_left_alone(opened: fewbit.scope) -> None:
+    assert steps(Halves(), opened)[-1] == {"gelu Halves": None}
+
+
+class Shared(nn.Module):
+    """One activation module for two places, as in torchvision's residual blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU()
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.a(x))
+        return self.act(self.b(x)) * 3.0
+
+
+def test_two_places_that_call_one_module_are_two_sites(opened: fewbit.scope) -> None:
+    seen = []
+    model = nn.Sequential(Shared(), nn.Dropout(0.0))
+    for _ in range(3):
+        with opened:
+            loss = model(torch.randn(64, 64)).sum()
+        seen.append(sorted((how(row), row.calls) for row in opened.report().rows if row.bits is not None))
+        loss.backward()
+    assert seen == [[(1, 2)], [(1, 2)], [(1, 1)]]  # the one before the Linear is left alone, the other is coded
+
+
+def test_a_bare_call_is_not_learned(opened: fewbit.scope) -> None:
+    model = nn.Linear(64, 64)
+
+    def bare(x: Tensor) -> Tensor:
+        return F.linear(F.gelu(model(x)), model.weight)
+
+    assert steps(bare, opened, 4)[-1] == {"gelu ": 3}
+
+
+def test_a_module_still_in_its_forward_is_not_judged() -> None:
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+            self.scope = fewbit.scope(bits=3, min_bytes=0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            with self.scope:
+                y = F.gelu(h)
+            return self.b(y)  # here `h` is a variable still, and holds what the next step will not
+
+    model = Inside()
+    for _ in range(4):
+        model(torch.randn(64, 64)).sum().backward()
+    assert model.scope.report().rows[0].bits is not None
+
+
+class ChangesItsOutput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.change = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.silu(self.a(x))
+        if self.change:
+            y += 1.0
+        return self.b(y)
+
+
+def test_an_output_that_is_changed_in_place_is_never_relied_upon(opened: fewbit.scope) -> None:
+    assert steps(ChangesItsOutput(), opened, 5)[-1] == {"silu ChangesItsOutput": 3}
+
+
+def test_a_change_in_place_that_comes_later_is_noticed_and_learned(opened: fewbit.scope) -> None:
+    model = ChangesItsOutput()
+    model.change = False
+    assert steps(model, opened)[-1] == {"silu ChangesItsOutput": "y+1"}
+    model.change = True
+    with pytest.raises(fewbit.FewbitError, match=r"the output of silu.*modified by an inplace operation.*next step"):
+        steps(model, opened, 1)
+    assert steps(model, opened, 5) == [{"silu ChangesItsOutput": 3}] * 5
+
+
+def test_exact_true_takes_no_derivative_from_an_output() -> None:
+    opened = fewbit.scope(exact=True, min_bytes=0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64), nn.ReLU6(), nn.Linear(64, 64))
+    assert steps(model, opened, 4)[-1] == {"gelu 1": None, "hardtanh 3": 1}
+
+
+def test_learning_belongs_to_the_scope_object(opened: fewbit.scope) -> None:
+    model = chain(nn.GELU())
+    assert steps(model, opened)[-1] == {"gelu 1": "y+1"}
+    assert steps(model, fewbit.scope(bits=3, min_bytes=0), 1) == [{"gelu 1": 3}]
+
+
+@pytest.mark.parametrize("backward", ["loss.backward()", "torch.autograd.backward(loss)"])
+def test_under_enable_a_backward_is_when_it_learns(backward: str) -> None:
+    model = chain(nn.GELU(), nn.ReLU())
+    with fewbit.enable(bits=3, min_bytes=0) as handle:
+        for _ in range(4):
+            loss = model(torch.randn(64, 64)).square().mean()
+            eval(backward, {"torch": torch, "loss": loss})
+    assert [how(row) for row in handle.report().rows] == ["y+1", None]
+
+
+def test_what_the_graph_holds_is_stocks_less_the_inputs(opened: fewbit.scope) -> None:
+    model = chain(nn.GELU(), nn.ReLU(), nn.SiLU())
+    steps(model, opened)
+    x = torch.randn(64, 64)
+    stock = held_for_backward(model(x), model.parameters())
+    with opened:
+        y = model(x)
+    few = held_for_backward(y, model.parameters())
+    assert sum(stock.values()) - sum(few.values()) == 2 * 4 * N - 2 * N // 8
+
+
+def test_the_gradient_is_nearly_exact() -> None:
+    model = chain(nn.GELU(), nn.SiLU(), nn.Mish(), nn.ELU())
+    x = torch.randn(64, 64)
+    (row,) = fewbit.compare(lambda: model(x).square().mean(), bits=1, min_bytes=0).rows
+    assert row.relative_error < 0.005
+
+
+def test_backward_twice_and_double_backward(opened: fewbit.scope) -> None:
+    model = chain(nn.GELU())
+    steps(model, opened)
+    with opened:
+        loss = model(torch.randn(64, 64)).square().mean()
+    weight = model[0].weight
+    first = torch.autograd.grad(loss, weight, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(loss, weight, retain_graph=True)[0])
+    with pytest.raises(fewbit.FewbitError, match="double backward"):
+        torch.autograd.grad(loss, weight, create_graph=True)
+
+
+def test_nothing_is_kept_alive_when_a_graph_is_dropped(opened: fewbit.scope) -> None:
+    model = chain(nn.GELU(), nn.SiLU())
+    steps(model, opened)
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(type(o) is Tensor for o in gc.get_objects())
+        for _ in range(5):
+            with opened:
+                model(torch.randn(64, 64))
+        assert sum(type(o) is Tensor for o in gc.get_objects()) <= before
+    finally:
+        gc.enable()
+
+
+def test_sites_of_models_that_are_gone_are_dropped(opened: fewbit.scope, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened._sites._purge_at = 8
+    for _ in range(40):
+        steps(chain(nn.GELU()), opened, 1)
+        gc.collect()
+    assert len(opened._sites._sites) < 1024
+    opened._sites._purge_at = 0
+    steps(chain(nn.GELU()), opened, 1)
+    assert len(opened._sites._sites) <= 2
