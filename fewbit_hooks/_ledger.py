@@ -31,6 +31,9 @@ from ._modules import ModuleRef, enclosing_modules, innermost_module, outermost_
 SWEEP = 4096
 """Storages pending before those already gone are struck off: bounds the ledger of a loop that never runs backward."""
 
+WATCHES = 1024
+"""Calls that are watched at most: those of one forward, which has a hundred of them or so."""
+
 HELD = "its storage is still held: another saved tensor, or a reference of yours"
 
 
@@ -149,8 +152,8 @@ class Ledger:
         """Look at a call's storages when the forward is over."""
         with self._lock:
             self.step.watches.append(watch)
-            if len(self.step.watches) > SWEEP:  # a loop that never runs backward
-                del self.step.watches[: SWEEP // 2]
+            if len(self.step.watches) > WATCHES:  # a loop that never runs backward
+                del self.step.watches[: WATCHES // 2]
 
     def original(self, row: Row, tensor: Tensor) -> None:
         """Stock autograd would have kept this tensor's storage for `row`."""
