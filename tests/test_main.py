@@ -1,0 +1,119 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fewbit_hooks as fewbit
+from fewbit_hooks import _doctor
+from fewbit_hooks.__main__ import main
+
+
+def test_codebook_prints_boundaries_levels_and_error(capsys) -> None:
+    assert main(["codebook", "gelu", "--bits", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    book = fewbit.codebook("gelu", 2)
+    assert lines[0].startswith("gelu(approximate=none), 2 bits: error 0.040")
+    assert lines[1] == "not folded: the boundaries are on x"
+    table = [[float(cell) for cell in line.split()] for line in lines[3:]]
+    assert [row[2] for row in table[:-1]] == pytest.approx(book.boundaries, abs=1e-5)
+    assert [row[3] for row in table] == pytest.approx(book.levels, abs=1e-5)
+    assert len({len(line) for line in lines[2:]}) == 1  # aligned
+
+
+def test_a_folded_codebook_says_so(capsys) -> None:
+    assert main(["codebook", "tanh"]) == 0
+    assert "folded: the derivative is even, and the boundaries are on |x|" in capsys.readouterr().out
+
+
+def test_codebook_takes_parameters_weight_and_interval(capsys) -> None:
+    assert main(["codebook", "elu", "--param", "alpha=2.0", "--interval", "-5", "5", "--json"]) == 0
+    book = fewbit.Codebook.from_json(capsys.readouterr().out)
+    assert book == fewbit.codebook("elu", 3, interval=(-5, 5), alpha=2.0)
+    assert main(["codebook", "gelu", "--param", "approximate=tanh", "--weight", "normal", "--bits", "4", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["parameters"] == {"approximate": "tanh"}
+    assert content["weight"] == "normal(0, 1)"
+
+
+def test_codebook_draws(tmp_path: Path, capsys) -> None:
+    picture = tmp_path / "silu.png"
+    assert main(["codebook", "silu", "--plot", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["codebook", "gleu"], "fewbit: no activation 'gleu'. Known activations: "),
+        (["codebook", "relu"], "fewbit: relu is exact at 1 bit and needs no codebook"),
+        (["codebook", "silu", "--param", "alpha=1"], "fewbit: silu has no parameter 'alpha'"),
+        (["codebook", "silu", "--weight", "triangle"], "fewbit: weight must be "),
+        (["demo", "--device", "abacus"], "fewbit: the device 'abacus' cannot be used: "),
+        (["demo", "--output", "/nowhere/demo.png"], "fewbit: the picture cannot be drawn into /nowhere/demo.png"),
+        (["demo", "--output", "demo.doc"], "fewbit: the picture cannot be drawn into demo.doc: its ending must be"),
+    ],
+)
+def test_an_error_is_one_message_and_status_2(arguments: list[str], message: str, capsys) -> None:
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(message)
+    assert "Traceback" not in said.err
+    assert not said.out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["profiler"],
+        ["codebook", "gelu", "--bits", "9"],
+        ["codebook", "elu", "--param", "alpha"],
+        ["codebook", "gelu", "--json", "--plot", "gelu.png"],
+        ["demo", "--bits", "0"],
+        ["demo", "--epochs", "0"],
+        ["demo", "--task", "poems"],
+    ],
+)
+def test_arguments_that_argparse_refuses(arguments: list[str], capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "usage: python -m fewbit_hooks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["codebook"], ["doctor"]])
+def test_help(command: list[str], capsys) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([*command, "--help"])
+    assert capsys.readouterr().out.startswith("usage: python -m fewbit_hooks")
+
+
+def test_doctor_as_a_process() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "fewbit_hooks", "doctor"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.rstrip().endswith("everything works")
+    assert torch.__version__ in done.stdout
+    for activation in fewbit.activations():
+        assert f"\n{activation.name} " in done.stdout
+
+
+def test_doctor_checks_the_library_even_where_scopes_are_disabled(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("FEWBIT_DISABLE", "1")
+    assert main(["doctor"]) == 0
+    assert "1: every scope is a no-op" in capsys.readouterr().out
+
+
+def test_doctor_has_status_1_where_codes_are_wrong(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(_doctor, "TOLERANCE", -1.0)
+    assert main(["doctor"]) == 1
+    said = capsys.readouterr().out
+    assert "is the gradient the codebook's level?    no: off by" in said
+    assert "something is wrong" in said
