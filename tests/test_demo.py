@@ -73,7 +73,7 @@ def test_runs_start_alike_and_few_bits_learn_as_well(tiny: Task) -> None:
     assert len(stock.losses) == len(three.losses) == 30
     assert min(stock.accuracy, three.accuracy) > 0.9
     assert stock.original_bytes == stock.held_bytes == three.original_bytes == three.freed_bytes == 32 * 64 * 4
-    assert three.stored_bytes == three.held_bytes == 32 * 64 * 3 // 8
+    assert three.stored_bytes == three.held_bytes == 32 * 64 // 8  # beside the output, which the next layer keeps
     assert (stock.relative_error, stock.cosine) == (0.0, 1.0)
     assert 0 < three.relative_error < 0.2
     assert three.cosine > 0.98

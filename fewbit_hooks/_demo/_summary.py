@@ -60,7 +60,7 @@ def show(task: Task, settings: Settings, results: Sequence[Result]) -> None:
     console.print(
         "original: what stock PyTorch keeps for the backward of the activations, on one batch; stored: the codes; "
         f"freed: original bytes that are gone. Peak memory: {memory}, in the first {MEMORY_STEPS} steps. "
-        "Gradient error: of all gradients together, on one batch, with the trained weights, without dropout.",
+        "Gradient error: of all gradients together, on one batch, with the trained weights.",
         style="dim",
         highlight=False,
     )

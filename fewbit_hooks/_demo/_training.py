@@ -58,7 +58,7 @@ def run(task: Task, bits: int | None, settings: Settings, told: Callable[[float]
     """Train from the seed; `told` hears of every loss."""
     torch.manual_seed(settings.seed)
     model = task.model().to(settings.device).train()
-    few = contextlib.nullcontext() if bits is None else scope(bits, min_bytes=0)
+    few = scope(bits, min_bytes=0)
     recipe, steps = task.recipe, task.steps(settings)
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -71,7 +71,7 @@ def run(task: Task, bits: int | None, settings: Settings, told: Callable[[float]
                 peak.stop()
             start = time.perf_counter()
             optimizer.zero_grad()
-            with few:
+            with contextlib.nullcontext() if bits is None else few:
                 loss = F.cross_entropy(model(batch.x), batch.y)
             loss.backward()
             optimizer.step()
@@ -81,7 +81,7 @@ def run(task: Task, bits: int | None, settings: Settings, told: Callable[[float]
             del loss
             told(losses[-1])
     accuracy = _accuracy(model, task.test[:QUICK_EXAMPLES] if settings.quick else task.test, settings.device)
-    original, stored, freed = _bytes(task, model, bits, settings)
+    original, stored, freed = _bytes(task, model, few, settings)
     error, cosine = (0.0, 1.0) if bits is None else _gradient_error(task, model, bits, settings)
     return Result(bits, losses, accuracy, original, stored, freed, peak.nbytes, median(seconds), error, cosine)
 
@@ -93,20 +93,20 @@ def _accuracy(model: nn.Module, test: Data, device: str) -> float:
     return right / len(test)
 
 
-def _bytes(task: Task, model: nn.Module, bits: int | None, settings: Settings) -> tuple[int, int, int]:
-    """Original, stored and freed bytes of one more forward, counted by a scope's report."""
+def _bytes(task: Task, model: nn.Module, few: scope, settings: Settings) -> tuple[int, int, int]:
+    """Original, stored and freed bytes of one more forward, counted by the report of the scope, which has learned."""
     batch = next(task.step_batches(settings))
     model.train()
-    with scope(bits, min_bytes=0) as memory:
+    with few:
         loss = F.cross_entropy(model(batch.x), batch.y)
-    report = memory.report()
+    report = few.report()
     del loss
     return report.original_bytes, report.stored_bytes, report.freed_bytes
 
 
 def _gradient_error(task: Task, model: nn.Module, bits: int, settings: Settings) -> tuple[float, float]:
-    """Relative error and cosine, without dropout."""
+    """Relative error and cosine, in training mode, in which other tensors are kept than in evaluation."""
     batch = next(task.step_batches(settings))
-    model.eval()
+    model.train()
     (row,) = compare(lambda: F.cross_entropy(model(batch.x), batch.y), [bits], min_bytes=0).rows
     return row.relative_error, row.cosine
