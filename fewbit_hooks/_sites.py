@@ -7,8 +7,8 @@ step, though, and so it is learned for each *site*: the module, and the place in
 came (one ReLU module may serve at three places).
 
 1. An unknown site is coded, and watched through weak references: of what its node saved, and of its output.
-2. When the forward is over (a scope is left, or a backward begins) it is seen which of these storages are alive. Modules
-   still in their forward are left out: their local variables are alive.
+2. When the forward is over (a scope is left, or a backward begins) it is seen which of these storages are alive.
+   Modules still in their forward are left out: their local variables are alive.
 3. Two steps in a row that agree decide. *Input kept*: coding frees nothing, the call is left alone. *Output kept*: f'
    is had from the output, and the input goes (NOTE [ Beside a kept output ]), unless the output was seen to be changed
    in place. *Neither*: codes.
@@ -24,6 +24,7 @@ import enum
 import sys
 import weakref
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType
 
@@ -55,14 +56,16 @@ class Site:
 
     Attributes:
         module: whose forward makes the call.
+        model: the outermost module around it.
         verdict: what is to be done there.
         output_changes: its output was seen to be changed in place, so that it is never relied upon.
     """
 
-    __slots__ = ("_agreed", "_code", "_found", "_step", "_training", "module", "output_changes", "verdict")
+    __slots__ = ("_agreed", "_code", "_found", "_step", "_training", "model", "module", "output_changes", "verdict")
 
     def __init__(self, module: nn.Module, code: CodeType | None) -> None:
         self.module: ModuleRef = weakref.ref(module)
+        self.model: ModuleRef = weakref.ref(outermost_module() or module)
         self._code = code  # kept, so that its address, part of the key, is not used again
         self._training = module.training
         self.output_changes = False
@@ -136,15 +139,34 @@ class Watch:
         self.site.learn(found, step)
 
 
+@dataclass
+class Trainable:
+    """Which parameters of a model require a gradient.
+
+    Attributes:
+        listed: the step in which they were listed; some may be added or replaced later.
+        looked: the step in which their flags were last read.
+    """
+
+    parameters: list[nn.Parameter]
+    listed: int
+    looked: int = -1
+    flags: list[bool] | None = None
+
+    def changed(self, step: int) -> bool:
+        """Read the flags; whether they are others than before."""
+        before, self.flags = self.flags, [p.requires_grad for p in self.parameters]
+        self.looked = step
+        return before is not None and before != self.flags
+
+
 class Sites:
     """The sites of one scope."""
 
     def __init__(self) -> None:
         self._sites: dict[tuple[int, int, int, str], Site] = {}
         self._purge_at = 1024
-        self._looked_at_model = -1
-        self._models: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[nn.Parameter], list[bool]]]
-        self._models = weakref.WeakKeyDictionary()
+        self._models: weakref.WeakKeyDictionary[nn.Module, Trainable] = weakref.WeakKeyDictionary()
 
     def find(self, activation: str, step: int) -> Site | None:
         """The site from which the running call comes; None outside of any module."""
@@ -165,9 +187,6 @@ class Sites:
             frame = frame.f_back
         if module is None:
             return None
-        if step != self._looked_at_model:
-            self._looked_at_model = step
-            self._look_at_model(step)
         where, instruction = place
         key = id(module), id(where), instruction, activation
         site = self._sites.get(key)
@@ -176,21 +195,20 @@ class Sites:
             self._purge()
         elif site.is_stale(module, step):
             site.forget()
+        model = site.model()
+        if model is not None:
+            self._look_at(model, step)
         return site
 
-    def _look_at_model(self, step: int) -> None:
-        """Forget all if a parameter's `requires_grad` has changed: a layer that is frozen keeps its input no longer."""
-        model = outermost_module()
-        if model is None:
-            return
-        looked, parameters, flags = self._models.get(model, (-LOOK_AGAIN - 1, [], []))
-        if step - looked > LOOK_AGAIN:  # parameters may have been added or replaced
-            looked, parameters = step, list(model.parameters())
-        now = [p.requires_grad for p in parameters]
-        if now != flags and flags:
+    def _look_at(self, model: nn.Module, step: int) -> None:
+        """Forget a model's sites if a parameter's `requires_grad` has changed: a frozen layer keeps no input."""
+        trainable = self._models.get(model)
+        if trainable is None or step - trainable.listed > LOOK_AGAIN:
+            trainable = self._models[model] = Trainable(list(model.parameters()), step)
+        if trainable.looked != step and trainable.changed(step):
             for site in self._sites.values():
-                site.forget()
-        self._models[model] = looked, parameters, now
+                if site.model() is model:
+                    site.forget()
 
     def _purge(self) -> None:
         """Drop the sites of modules that are gone."""

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import fewbit_hooks as fewbit
@@ -230,6 +231,35 @@ def test_exact_true_takes_no_derivative_from_an_output() -> None:
     opened = fewbit.scope(exact=True, min_bytes=0)
     model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64), nn.ReLU6(), nn.Linear(64, 64))
     assert steps(model, opened, 4)[-1] == {"gelu 1": None, "hardtanh 3": 1}
+
+
+def test_freezing_is_noticed_in_the_second_of_two_models(opened: fewbit.scope) -> None:
+    first, second = chain(nn.SiLU()), chain(nn.GELU())
+
+    def both(x: Tensor) -> Tensor:
+        return second(first(x))
+
+    assert steps(both, opened)[-1] == {"silu 1": "y+1", "gelu 1": "y+1"}
+    second[2].requires_grad_(False)
+    assert steps(both, opened, 1) == [{"silu 1": "y+1", "gelu 1": 3}]
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_scope_inside_a_checkpoint_trains_for_many_steps(
+    use_reentrant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_sites, "LOOK_AGAIN", 1)
+    model, opened = chain(nn.GELU(), nn.ReLU()), fewbit.scope(bits=3, min_bytes=0)
+
+    def inside(x: Tensor) -> Tensor:
+        with opened:
+            return model(x)
+
+    for _ in range(8):
+        x = torch.randn(64, 64, requires_grad=True)
+        y = torch.utils.checkpoint.checkpoint(inside, x, use_reentrant=use_reentrant)
+        y.square().mean().backward()
+    assert x.grad is not None
 
 
 def test_learning_belongs_to_the_scope_object(opened: fewbit.scope) -> None:
