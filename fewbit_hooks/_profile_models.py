@@ -91,14 +91,14 @@ def build(name: str, sizes: Sizes) -> tuple[Any, Any]:
 
 
 def _from_function(name: str) -> tuple[Any, Any]:
-    path, _, function = name.partition(":")
-    sys.path.insert(0, os.getcwd())
+    path, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     try:
-        made = getattr(importlib.import_module(path), function)()
+        function = getattr(importlib.import_module(path), attribute)
     except (ImportError, AttributeError) as error:
         raise FewbitError(f"{name}: {error}. It must be package.module:function, importable from here.") from error
-    finally:
-        sys.path.pop(0)
+    made = function()
     if not isinstance(made, tuple) or len(made) != 2 or not callable(made[0]):
         raise FewbitError(f"{name} must return a model (or a step) and a batch, got {type(made).__name__}")
     return made
