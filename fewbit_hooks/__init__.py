@@ -18,6 +18,9 @@ from ._errors import FewbitRuntimeError as FewbitRuntimeError
 from ._errors import FewbitTypeError as FewbitTypeError
 from ._errors import FewbitValueError as FewbitValueError
 from ._errors import FewbitWarning as FewbitWarning
+from ._profile import profile as profile
+from ._profile_table import Profile as Profile
+from ._profile_table import ProfileRow as ProfileRow
 from ._register import register as register
 from ._report import Report as Report
 from ._report import ReportRow as ReportRow

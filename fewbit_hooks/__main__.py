@@ -1,4 +1,4 @@
-"""The command line: `python -m fewbit_hooks demo`, `codebook`, `doctor`."""
+"""The command line: `python -m fewbit_hooks demo`, `profile`, `codebook`, `doctor`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from . import __version__, _profile_command
 from ._catalog import DEFAULT_INTERVAL, codebook
 from ._errors import FewbitError
 
@@ -36,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fewbit_hooks {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
+    _profile_command.add_parser(commands)
     _add_codebook(commands)
     _add_doctor(commands)
     return parser

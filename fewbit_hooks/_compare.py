@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._errors import FewbitError, FewbitTypeError, FewbitWarning
 from ._report import align, human
+from ._restore import buffers_restored, generators_restored
 from ._scope import scope
 from ._sites import AGREE
 
@@ -109,9 +107,9 @@ def compare(step: Callable[[], Tensor], bits: Any = (1, 2, 3, 4), **options: Any
     """
     settings = list(bits) if isinstance(bits, (list, tuple, range)) else [bits]
     opened = [scope(b, **options) for b in settings]  # a wrong argument is told before anything runs
-    with _restored(), _buffers_restored(), scope(bits=None):
+    with generators_restored(), buffers_restored(), scope(bits=None):
         exact_loss, exact = _gradients(step)
-    with _restored(), _buffers_restored(), scope(bits=None):
+    with generators_restored(), buffers_restored(), scope(bits=None):
         _, again = _gradients(step)
     repeat_error = _compare(exact, again)[1]
     if repeat_error:
@@ -124,7 +122,7 @@ def compare(step: Callable[[], Tensor], bits: Any = (1, 2, 3, 4), **options: Any
     rows = []
     for b, few in zip(settings, opened, strict=True):
         for _ in range(AGREE + 1):  # the scope first learns what is kept; the last run counts
-            with _restored(), _buffers_restored(), few:
+            with generators_restored(), buffers_restored(), few:
                 loss, gradients = _gradients(step)
         cosine, error = _compare(exact, gradients)
         report = few.report()
@@ -183,38 +181,3 @@ def _compare(exact: list[Tensor | None], other: list[Tensor | None]) -> tuple[fl
     if not exact_square or not other_square:
         return (1.0, 0.0) if exact_square == other_square else (0.0, math.inf if other_square else 1.0)
     return dot / math.sqrt(exact_square * other_square), math.sqrt(difference / exact_square)
-
-
-@contextlib.contextmanager
-def _restored() -> Iterator[None]:
-    """Give the random number generators back as they were."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the state that the user's code shares
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
-
-
-@contextlib.contextmanager
-def _buffers_restored() -> Iterator[None]:
-    """Give the buffers of every module that runs back as they were before it ran."""
-    saved: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def remember(module: nn.Module, _: Any) -> None:
-        for buffer in _new_buffers(module.buffers(), saved):
-            saved[id(buffer)] = buffer, buffer.detach().clone()
-
-    hook = nn.modules.module.register_module_forward_pre_hook(remember)
-    try:
-        yield
-    finally:
-        hook.remove()
-        with torch.no_grad():
-            for buffer, before in saved.values():
-                buffer.copy_(before)
-
-
-def _new_buffers(buffers: Iterable[Tensor], saved: dict[int, Any]) -> list[Tensor]:
-    return [buffer for buffer in buffers if id(buffer) not in saved]

@@ -49,6 +49,8 @@ def test_every_public_name_is_there_and_documented() -> None:
         "activations",
         "register",
         "compare",
+        "profile",
+        "Profile",
         "Report",
         "FewbitError",
         "FewbitWarning",

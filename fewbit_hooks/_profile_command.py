@@ -1,0 +1,75 @@
+"""`python -m fewbit_hooks profile NAME`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command to the subparsers of the command line."""
+    text = (
+        "Print what autograd keeps of one training step, whose it is, and what few bits would free. The model is built "
+        "from its configuration, with random weights and without dropout of attention probabilities; nothing is "
+        "downloaded."
+    )
+    parser = commands.add_parser("profile", help="what a model's step keeps, and what few bits free", description=text)
+    add = parser.add_argument
+    add(
+        "name",
+        metavar="NAME",
+        help="a model such as roberta-base, gpt2, vit-base, convnext-tiny, resnet-50, t5-small, whisper-tiny; a model "
+        "type of transformers, such as bert; a model of timm; or package.module:function, a function that returns a "
+        "model and a batch",
+    )
+    add("--batch", type=_positive, default=2, metavar="N", help="default: 2")
+    add("--length", type=_positive, default=512, metavar="N", help="tokens. Default: 512, or the most that it takes")
+    add("--image", type=_positive, metavar="N", help="pixels a side. Default: the model's own")
+    add("--layers", type=_positive, metavar="N", help="fewer layers than the model has, which suffice to see its kind")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
+    add("--device", default="cpu", help="as torch.device takes it. Default: cpu")
+    add("--bits", type=int, choices=range(1, 9), default=3, metavar="N", help="of the table. Default: 3")
+    add("--plot", type=Path, metavar="PATH", help="draw it, too: .png, .svg or .pdf")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--markdown", action="store_true", help="print markdown")
+    form.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Build the model, profile it, print."""
+    from ._profile import profile
+    from ._profile_models import Sizes, build
+
+    sizes = Sizes(options.batch, options.length, options.image, options.layers, DTYPES[options.dtype])
+    model, batch = build(options.name, sizes)
+    if options.device != "cpu" and hasattr(model, "to"):
+        model, batch = model.to(options.device), _to(batch, options.device)
+    result = profile(model, batch, bits=options.bits) if batch is not None else profile(model, bits=options.bits)
+    if options.plot:
+        result.plot(options.plot)
+    if options.json:
+        print(json.dumps(result.to_dict(), indent=2))
+    else:
+        print(result.to_markdown() if options.markdown else result)
+    return 0
+
+
+def _to(batch: Any, device: str) -> Any:
+    if isinstance(batch, dict):
+        return {key: _to(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return [_to(value, device) for value in batch]
+    return batch.to(device) if isinstance(batch, torch.Tensor) else batch
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of 1 or more, got {text}")
+    return int(text)
