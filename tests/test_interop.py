@@ -502,25 +502,28 @@ def in_threads(*functions: Callable[[], None]) -> None:
 
 @pytest.mark.parametrize("shared", [False, True], ids=["two scopes", "one scope"])
 def test_threads_train_at_once_each_with_the_bits_of_its_scope(x: Tensor, shared: bool) -> None:
-    one = few(2)
     bits = (2, 2) if shared else (1, 4)
-    expected = {b: run_plain(x, b) for b in bits}
-    meet = threading.Barrier(2, timeout=30)
-    nets = [model(), model()]
+
+    def train(opened: fewbit.scope, meet: Callable[[], object]) -> list[Tensor]:
+        net = model()
+        for _ in range(20):
+            net.zero_grad()
+            meet()
+            with opened:
+                loss = net(x.detach()).square().mean()
+            loss.backward()
+        return gradients(net)
+
+    expected = [train(few(b), lambda: None) for b in bits]
+    one, meet = few(2), threading.Barrier(2, timeout=30)
     results: dict[int, list[Tensor]] = {}
 
     def work(i: int) -> None:
-        opened = one if shared else few(bits[i])
-        for _ in range(20):
-            nets[i].zero_grad()
-            meet.wait()
-            with opened:
-                loss = nets[i](x.detach()).square().mean()
-            loss.backward()
-        results[i] = gradients(nets[i])
+        results[i] = train(one if shared else few(bits[i]), meet.wait)
 
     in_threads(*(functools.partial(work, i) for i in range(2)))
-    assert all(equal(results[i], expected[bits[i]]) for i in range(2))
+    # in a step that two threads share, what is learned may come a step later: the last step has learned in any case
+    assert all(equal(results[i], expected[i]) for i in range(2))
 
 
 def test_a_thread_started_under_enable_or_a_scope_is_exact(x: Tensor) -> None:
