@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from . import _hooks, _policy, _stack
+from . import _hooks, _masks, _policy, _stack
 from ._calls import BACKWARD, RECOGNISED, Call
 from ._errors import FewbitError, FewbitTypeError, FewbitWarning
 from ._ledger import Ledger
+from ._mask_calls import MaskCall
 from ._policy import Bits, Exclude, Keep
 from ._report import Report
 
@@ -117,6 +118,7 @@ class scope:
 
     def _leave(self, entry: _stack.Entry) -> None:
         _stack.remove(entry)
+        _masks.look_again()
         self._ledger.settle()
 
     @contextlib.contextmanager
@@ -234,6 +236,8 @@ class _Mode(TorchFunctionMode):
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
+        if isinstance(call, MaskCall):
+            return _masks.run(self.entry, call, func, args, kwargs)
         return _recognised(self.entry, call, func, args, kwargs)
 
 
