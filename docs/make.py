@@ -9,6 +9,7 @@ from pathlib import Path
 
 import fewbit_hooks as fewbit
 from fewbit_hooks import Activation
+from fewbit_hooks._mask_calls import mask_calls
 
 DOCS = Path(__file__).parent
 
@@ -32,6 +33,24 @@ for gelu, silu, sigmoid, tanh, selu and softplus at 1 to 4 bits, but for silu at
 (0.2554), where the optimum is lower by one in the last digit.
 """
 
+MASKS = """\
+
+## Masks
+
+They are no activations, and there is nothing to approximate: what these calls save as a mask (a boolean tensor, or on
+the CPU a dropout's noise of 0 and one other value) takes 1 bit an element, and the gradient, the second one too, is
+bit for bit stock PyTorch's. `bits={"dropout": None}` turns one off.
+
+| mask | calls |
+| --- | --- |
+"""
+
+MASKS_KEPT = """
+A mask that you hold (the causal mask that all layers are given) stays as it is: codes would come on top. One that is
+made for the call, `scores.masked_fill(mask == 0, -inf)`, is packed once nobody else holds it. Dropout's noise of floats
+on CUDA (`alpha_dropout`) is kept: the host would have to wait to see that it has two values.
+"""
+
 KEPT = """\
 
 ## Known, and kept exact
@@ -53,7 +72,10 @@ def activations_page() -> str:
             lines.append(_errors(activation.name))
             if activation.name == "gelu":
                 lines.append(_errors("gelu", approximate="tanh"))
-    return "\n".join([*lines, KEPT])
+    masks = [
+        f"| **{name}** | " + ", ".join(f"`{call}`" for call in calls) + " |" for name, calls in mask_calls().items()
+    ]
+    return "\n".join([*lines, MASKS + "\n".join(masks), MASKS_KEPT + KEPT])
 
 
 def _line(activation: Activation) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -206,8 +206,11 @@ def add(activation: Activation) -> None:
         _registry[activation.name] = activation
 
 
-def find(name: str) -> Activation:
+def find(name: str, also: Collection[str] = ()) -> Activation:
     """The activation of that name.
+
+    Args:
+        also: other names that would have been allowed, for the message.
 
     Raises:
         FewbitValueError: there is none; the message lists those that there are.
@@ -215,7 +218,7 @@ def find(name: str) -> Activation:
     try:
         return _registry[name]
     except (KeyError, TypeError):
-        known = ", ".join(sorted(_registry))
+        known = ", ".join(sorted({*_registry, *also}))
         raise FewbitValueError(
             f"no activation {name!r}. Known activations: {known}. Register yours with fewbit_hooks.register(...)."
         ) from None

@@ -18,6 +18,7 @@ from ._catalog import codebook
 from ._codebook import Codebook
 from ._errors import FewbitError, FewbitTypeError, FewbitValueError
 from ._exclude import Exclusion, Rule
+from ._mask_calls import MASKS
 from ._plan import Plan
 from ._quantizer import check_bits
 
@@ -84,8 +85,8 @@ def check_settings(
     """
     if isinstance(bits, Mapping):
         for name, value in bits.items():
-            if name != "default":
-                _activations.find(name)
+            if name != "default" and name not in MASKS:
+                _activations.find(name, also=MASKS)
             if value is not None:
                 check_bits(value, f"bits[{name!r}]")
         bits = dict(bits)

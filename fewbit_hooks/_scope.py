@@ -5,7 +5,8 @@ of that thread. Calls that are not in the registry (`_calls.py`) run as they are
 recognised call, the policy (`_policy.py`) having nothing against it, two saved-tensor hooks are put (`_hooks.py`):
 the pack hook replaces what the node saves by packed codes (`ops/`), the unpack hook hands it stand-ins
 (`_standins.py`), for which the node's own backward gives the derivative that the codebook (`_codebook.py`) has for
-each code. The ledger (`_ledger.py`) keeps the books.
+each code. What dropout and its like save, a mask, is packed to one bit an element as it is (`_masks.py`). The ledger
+(`_ledger.py`) keeps the books.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from . import _hooks, _policy, _stack
+from . import _hooks, _masks, _policy, _stack
 from ._calls import BACKWARD, RECOGNISED, Call
 from ._errors import FewbitError, FewbitTypeError, FewbitWarning
 from ._ledger import HELD, Ledger
+from ._mask_calls import MaskCall
 from ._policy import Bits, Exclude, Keep
 from ._report import Report
 from ._sites import Sites, Verdict
@@ -60,7 +62,8 @@ class scope:
     Args:
         bits: 1 to 8 for the smooth activations (the two-valued ones take 1). Or a mapping such as
             `{"gelu": 2, "silu": 4, "default": 3}`, where None keeps an activation exact, as does leaving a smooth one
-            out without a "default"; or a callable `(activation_name, tensor) -> int | None`; or None: measure only.
+            out without a "default"; masks ("dropout", "masked_fill", "scaled_dot_product_attention", "where") always
+            take 1; or a callable `(activation_name, tensor) -> int | None`; or None: measure only.
         min_bytes: tensors smaller than this many bytes pass through. 0: none do.
         exclude: modules left alone: names as `model.named_modules()` gives them (glob patterns), classes, predicates.
         exact: only what is lossless.
@@ -119,6 +122,7 @@ class scope:
 
     def _leave(self, entry: _stack.Entry) -> None:
         _stack.remove(entry)
+        _masks.look_again()
         self._ledger.settle()
 
     @contextlib.contextmanager
@@ -237,6 +241,8 @@ class _Mode(TorchFunctionMode):
             return func(*args, **kwargs)
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
+        if isinstance(call, MaskCall):
+            return _masks.run(self.entry, call, func, args, kwargs)
         return _recognised(self.entry, call, func, args, kwargs)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fewbit_hooks as fewbit
-from fewbit_hooks import _stack
+from fewbit_hooks import _hooks, _masks, _stack
 
 # Thousands of small calls: on a busy machine a second thread makes them three times slower. test_ops.py uses all.
 torch.set_num_threads(1)
@@ -62,5 +62,5 @@ def _count(data: Any, held: dict[int, int]) -> None:
         held[data.untyped_storage()._cdata] = data.untyped_storage().nbytes()
     elif data is not None:
         for part in gc.get_referents(data):
-            if isinstance(part, Tensor):
+            if isinstance(part, (Tensor, _hooks.Kept, _masks.PackedMask)):
                 _count(part, held)

@@ -12,3 +12,6 @@ from ._torch import pack_bits as pack_bits
 from ._torch import packed_bytes as packed_bytes
 from ._torch import rows as rows
 from ._torch import unpack_bits as unpack_bits
+from ._two_values import not_zero as not_zero
+from ._two_values import second_value as second_value
+from ._two_values import two_value_rows as two_value_rows

@@ -1,0 +1,122 @@
+"""Recognition of the calls that save a mask for backward: which callables, and when they do anything.
+
+They are no activations: there is nothing to approximate, and so no codebook. A mask takes 1 bit an element, always,
+and the gradient is bit for bit stock's. How the mask is packed is the business of `_masks.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ._calls import Call, _callables, register_call
+
+
+@dataclass(frozen=True)
+class MaskCall(Call):
+    """A recognised callable that saves a mask.
+
+    Attributes:
+        mask: the argument that is the mask; empty where the call draws it itself.
+        returns: the caller is given the mask, and may hold it.
+    """
+
+    mask: str = ""
+    returns: bool = False
+
+    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments by name."""
+        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+
+    def draws_nothing(self, given: Mapping[str, Any]) -> bool:
+        """This dropout does nothing (evaluation, p=0), or leaves nothing (p=1: the mask is a single 0)."""
+        if self.mask:
+            return False
+        default = 0.0 if self.name == "scaled_dot_product_attention" else 0.5
+        p = given.get("p", given.get("dropout_p", default))
+        training = given.get("training", given.get("train", True))  # native_dropout takes None for True
+        return (isinstance(p, (int, float)) and not 0.0 < p < 1.0) or not (training is None or training)
+
+
+# What a user writes -> the names of its arguments, those that matter here by the names that they have above. As in
+# `_calls.py`, what arrives is the outermost Python function: F.dropout, not the torch.dropout that it calls.
+_DROPOUT = "input p train"
+_PYTHON_DROPOUT = "input p training inplace"
+_ATTENTION = "query key value attn_mask dropout_p is_causal"
+_MULTI_HEAD_ATTENTION = (
+    "query key value embed_dim_to_check num_heads in_proj_weight in_proj_bias bias_k bias_v add_zero_attn dropout_p "
+    "out_proj_weight out_proj_bias training"
+)
+_MASK_CALLS: dict[str, dict[str, str]] = {
+    "dropout": {
+        "F.dropout": _PYTHON_DROPOUT,
+        "F.dropout1d": _PYTHON_DROPOUT,
+        "F.dropout2d": _PYTHON_DROPOUT,
+        "F.dropout3d": _PYTHON_DROPOUT,
+        "F.alpha_dropout": _PYTHON_DROPOUT,
+        "F.feature_alpha_dropout": _PYTHON_DROPOUT,
+        "torch.dropout": _DROPOUT,
+        "torch.dropout_": _DROPOUT,
+        "torch.alpha_dropout": _DROPOUT,
+        "torch.alpha_dropout_": _DROPOUT,
+        "torch.feature_dropout": _DROPOUT,
+        "torch.feature_dropout_": _DROPOUT,
+        "torch.feature_alpha_dropout": _DROPOUT,
+        "torch.feature_alpha_dropout_": _DROPOUT,
+        "torch.native_dropout": _DROPOUT,
+        "torch.ops.aten.dropout": _DROPOUT,
+        "torch.ops.aten.dropout_": _DROPOUT,
+        "torch.ops.aten.alpha_dropout": _DROPOUT,
+        "torch.ops.aten.alpha_dropout_": _DROPOUT,
+        "torch.ops.aten.feature_dropout": _DROPOUT,
+        "torch.ops.aten.feature_dropout_": _DROPOUT,
+        "torch.ops.aten.feature_alpha_dropout": _DROPOUT,
+        "torch.ops.aten.feature_alpha_dropout_": _DROPOUT,
+        "torch.ops.aten.native_dropout": _DROPOUT,
+    },
+    "masked_fill": {
+        "torch.masked_fill": "input mask value",
+        "Tensor.masked_fill": "input mask value",
+        "Tensor.masked_fill_": "input mask value",
+        "torch.ops.aten.masked_fill": "input mask value",
+        "torch.ops.aten.masked_fill_": "input mask value",
+    },
+    "scaled_dot_product_attention": {
+        "F.scaled_dot_product_attention": _ATTENTION,
+        "torch.ops.aten.scaled_dot_product_attention": _ATTENTION,
+        # its inner calls are not seen
+        "F.multi_head_attention_forward": _MULTI_HEAD_ATTENTION,
+    },
+    "where": {
+        "torch.where": "condition input other",
+        "Tensor.where": "input condition other",
+        "torch.ops.aten.where": "condition input other",
+    },
+}
+
+_MASK_ARGUMENT = {"masked_fill": "mask", "where": "condition"}
+MASKS = frozenset(_MASK_CALLS)
+"""The names that `bits={...}` takes beside those of the activations."""
+
+
+def mask_calls() -> dict[str, tuple[str, ...]]:
+    """The recognised calls by name, as a user writes them."""
+    return {name: tuple(calls) for name, calls in _MASK_CALLS.items()}
+
+
+def _fill() -> None:
+    for name, calls in _MASK_CALLS.items():
+        for path, names in calls.items():
+            call = MaskCall(
+                name,
+                None,
+                tuple(names.split()),
+                mask=_MASK_ARGUMENT.get(name, ""),
+                returns=path.endswith("native_dropout"),
+            )
+            for function in _callables(path):
+                register_call(function, call)
+
+
+_fill()

@@ -1,0 +1,265 @@
+"""Masks: what dropout, `masked_fill` and `where` save is packed to one bit an element, exactly.
+
+NOTE [ Which saved tensor is a mask ]
+
+No formula of a dropout is copied here: a mask is known by what it is. (measured, torch 2.13)
+
+    F.dropout on CUDA, native_dropout     a bool tensor
+    dropout on the CPU                    noise: each element 0 or 1/(1-p), in the input's dtype, as it rounds there
+    alpha dropout on the CPU              noise of 0 and another value; feature dropouts' is small, (N, C, 1, 1)
+    attention with dropout on the CPU     query, key, value, the softmax, the noise, the noisy softmax
+    masked_fill, where                    the condition
+
+So inside a recognised call a saved tensor is a mask if it is bool, or if it carries no gradient, is no argument's, and
+each of its elements is, bit for bit, 0 or one other value. The latter is looked at on the CPU alone: on CUDA the host
+would have to wait. Everything else passes (NOTE [ What a packed object holds ] in `_hooks.py`).
+
+A mask is constant and its code exact: unlike stand-ins it may be unpacked under `create_graph=True`.
+
+NOTE [ Masks that somebody may hold ]
+
+A causal mask that every layer is given stays where it is, whatever is packed: codes of it would come on top. One that
+the model makes for a single call, as in `scores.masked_fill(mask == 0, -inf)`, has no other owner, but only once
+the call is over and its caller has let go of it. So a mask that the caller has in its hands *waits*: it is kept, and
+looked at when later calls of this kind are made, and when the scope is left. When nobody but autograd holds its storage
+(torch counts its owners), it is packed then, in its place. The bytes held never exceed stock's.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _policy, ops
+from ._hooks import NO_GAIN, Kept
+from ._ledger import Ledger, Row, Step
+from ._mask_calls import MaskCall
+from ._policy import Keep
+from ._stack import Entry
+
+FLOATS = "a mask of floats on CUDA: the host would have to wait to see that it has two values"
+CAPTURING = "a mask of the caller's, while a CUDA graph is captured"
+
+LOOKS = 8
+"""How often a waiting mask is looked at before it counts as held for good. A module that masks twice or thrice has
+returned by then, and let go of its masks."""
+
+
+def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make a call that saves a mask: packed, or as it is."""
+    given = call.given(args, kwargs)
+    tensors = [value for value in given.values() if isinstance(value, Tensor)]
+    x = next((t for t in tensors if t.requires_grad), None)
+    if x is None or call.draws_nothing(given):
+        return func(*args, **kwargs)
+    settings, ledger = entry.scope._settings, entry.scope._ledger
+    # a parameter may well have a mask; a subclass among the arguments decides what is saved
+    foreign = next((t for t in tensors if type(t) not in (Tensor, nn.Parameter)), x.detach())
+    if reason := _policy.obstacle(foreign, entry.hooks) or (_policy.TRACING if _traced() else ""):
+        ledger.passed(call.name, reason, 0)
+        return func(*args, **kwargs)
+    # No more than the mask's bytes: a dropout's mask is as large as its input, or smaller.
+    largest = given.get(call.mask) if call.mask else x if call.name == "dropout" else None
+    if isinstance(largest, Tensor) and (nbytes := largest.nbytes) < max(settings.min_bytes, 1):
+        ledger.passed(call.name, _policy.SMALL if nbytes else _policy.EMPTY, nbytes)
+        return func(*args, **kwargs)
+    look_again()
+    try:
+        if settings.bits is None:
+            raise Keep(_policy.MEASURE)
+        if settings.exclude and settings.exclude.here():
+            raise Keep(_policy.EXCLUDED)
+        if settings.bits_for(call.name, x, exact=True) is None:
+            raise Keep(f"no bits are given for {call.name}")
+    except Keep as keep:
+        return _keep(ledger, call, str(keep), tensors, functools.partial(func, *args, **kwargs))
+    hook = MaskHook(call, tensors, ledger, settings.min_bytes)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(hook, _unpack):
+            return func(*args, **kwargs)
+    finally:
+        hook.release()
+
+
+class PackedMask:
+    """One bit an element in the place of a mask."""
+
+    __slots__ = ("codes", "layout", "rows", "step")
+
+    def __init__(self, mask: Tensor, other: int, step: Step) -> None:
+        self.codes = ops.encode(mask, 1, ops.not_zero)
+        self.rows = ops.two_value_rows(other, mask.dtype, mask.device)
+        self.layout = ops.Layout.of(mask)
+        self.step = step
+
+    def unpack(self) -> Tensor:
+        """The mask, bit for bit."""
+        if torch._C._current_graph_task_id() != -1 and not self.step.backward_began:
+            self.step.begin_backward()
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            return ops.decode(self.codes, self.rows, 1, self.layout)
+
+
+class WaitingMask:
+    """A mask that somebody may hold: kept, until nobody does."""
+
+    __slots__ = ("__weakref__", "_content", "_looks", "_row", "_step", "_stream")
+
+    def __init__(self, mask: Tensor, name: str, row: Row, step: Step) -> None:
+        self._content: Kept | PackedMask = Kept(mask, name)  # replaced at one stroke: a backward may run meanwhile
+        self._row = row
+        self._step = step
+        self._looks = 0
+        self._stream = torch.cuda.current_stream(mask.device) if mask.is_cuda else None
+
+    def unpack(self) -> Tensor:
+        """The mask, packed or not."""
+        return self._content.unpack()
+
+    def look(self) -> bool:
+        """Pack the mask if nobody else holds it; whether to look again."""
+        kept = self._content
+        assert isinstance(kept, Kept)
+        mask = kept.tensor
+        if _owners(mask) == 1 and mask._version == kept.version and self._may_work_on(mask):
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                packed = PackedMask(mask, 1, self._step)
+            with self._step.lock:
+                self._row.stored_bytes += packed.codes.nbytes
+            self._content = packed
+            return False
+        self._looks += 1
+        return self._looks < LOOKS
+
+    def _may_work_on(self, mask: Tensor) -> bool:
+        if not mask.is_cuda:
+            return True
+        same: bool = torch.cuda.current_stream(mask.device) == self._stream
+        return same and not torch.cuda.is_current_stream_capturing()
+
+
+class _Waiting(threading.local):
+    def __init__(self) -> None:
+        self.masks: list[weakref.ref[WaitingMask]] = []  # weak: a graph that is dropped takes its masks along
+
+
+_waiting = _Waiting()
+
+
+def look_again() -> None:
+    """Pack those waiting masks of this thread that nobody else holds any more."""
+    if _waiting.masks and not _traced():
+        _waiting.masks = [ref for ref in _waiting.masks if (waiting := ref()) is not None and waiting.look()]
+
+
+def _traced() -> bool:
+    """Fake tensors or proxies stand for the true ones: nothing may be looked at."""
+    keys = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY))
+
+
+def _owners(t: Tensor) -> int:
+    """How many tensors, the caller's included, lie on the storage of `t`."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    if count is None:  # a torch that cannot tell: somebody may hold it
+        return 2
+    owners: int = count(t.untyped_storage()._cdata)
+    return owners - 1  # the Python object of the storage
+
+
+def _unpack(packed: PackedMask | WaitingMask | Kept) -> Tensor:
+    return packed.unpack()
+
+
+class MaskHook:
+    """The pack hook of one call that saves a mask."""
+
+    __slots__ = ("_arguments", "_call", "_in_hand", "_ledger", "_min_bytes")
+
+    def __init__(self, call: MaskCall, tensors: list[Tensor], ledger: Ledger, min_bytes: int) -> None:
+        self._call = call
+        self._in_hand = call.returns or bool(call.mask)
+        self._arguments = _arguments(call, tensors)
+        self._ledger = ledger
+        self._min_bytes = min_bytes
+
+    def __call__(self, t: Tensor) -> PackedMask | WaitingMask | Kept:
+        call, ledger = self._call, self._ledger
+        if not _may_be_a_mask(t, self._arguments):
+            return Kept(t, call.name)
+        if t.nbytes < max(self._min_bytes, 1):
+            ledger.passed(call.name, _policy.SMALL, t.nbytes)
+            return Kept(t, call.name)
+        if ops.packed_bytes(t.numel(), 1) >= t.untyped_storage().nbytes():
+            return self._keep(t, NO_GAIN)
+        if t.is_cuda and t.dtype != torch.bool:
+            # of attention's float tensors on CUDA nothing is known; dropout saves nothing but its noise
+            return self._keep(t, FLOATS) if call.name == "dropout" else Kept(t, call.name)
+        if self._in_hand and t.is_cuda and torch.cuda.is_current_stream_capturing():
+            return self._keep(t, CAPTURING)
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            other = ops.second_value(t)
+            if other is None:
+                return Kept(t, call.name)
+            row = ledger.row(call.name, 1)
+            ledger.original(row, t)
+            if self._in_hand:
+                waiting = WaitingMask(t, call.name, row, ledger.step)
+                _waiting.masks.append(weakref.ref(waiting))
+                return waiting
+            packed = PackedMask(t, other, ledger.step)
+        ledger.stored(row, packed.codes.nbytes)
+        return packed
+
+    def release(self) -> None:
+        """The call is over; the hook itself lives as long as the node."""
+        del self._call, self._arguments, self._ledger
+
+    def _keep(self, t: Tensor, reason: str) -> Kept:
+        self._ledger.original(self._ledger.row(self._call.name, None, reason), t)
+        return Kept(t, self._call.name)
+
+
+def _arguments(call: MaskCall, tensors: list[Tensor]) -> set[int]:
+    """The storages that are no mask although they may look like one."""
+    return set() if call.mask else {t.untyped_storage()._cdata for t in tensors}
+
+
+def _may_be_a_mask(t: Tensor, arguments: set[int]) -> bool:
+    return (
+        type(t) is Tensor
+        and (t.dtype == torch.bool or t.dtype in _policy.DTYPES)
+        and t.grad_fn is None
+        and not t.requires_grad
+        and t.layout is torch.strided
+        and t.untyped_storage()._cdata not in arguments
+    )
+
+
+def _keep(ledger: Ledger, call: MaskCall, reason: str, tensors: list[Tensor], run_it: Callable[[], Any]) -> Any:
+    """Make the call without hooks, and count the masks that its nodes saved."""
+    arguments = _arguments(call, tensors)
+    before = max((t.grad_fn._sequence_nr() for t in tensors if t.grad_fn is not None), default=-1)
+    row = ledger.row(call.name, None, reason)
+    result = run_it()
+    nodes = [y.grad_fn for y in (result if isinstance(result, tuple) else (result,)) if isinstance(y, Tensor)]
+    seen: set[Any] = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen or node._sequence_nr() <= before:  # it was there before the call
+            continue
+        seen.add(node)
+        for name in dir(node):
+            t = getattr(node, name) if name.startswith("_saved_") else None
+            if isinstance(t, Tensor) and _may_be_a_mask(t, arguments) and (t.dtype == torch.bool or not t.is_cuda):
+                with torch._C.DisableTorchFunction(), torch.no_grad():
+                    if ops.second_value(t) is not None:
+                        ledger.original(row, t)
+        nodes.extend(following for following, _ in node.next_functions)
+    return result
