@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from . import _hooks, _policy
+from . import _hooks, _policy, ops
 from ._calls import BACKWARD, RECOGNISED, Call
+from ._mask_calls import MaskCall
 from ._modules import ModuleRef, innermost_module, outermost_module
 
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
@@ -170,6 +171,8 @@ class Recorder(TorchFunctionMode):
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
         call = RECOGNISED.get(func)
+        if isinstance(call, MaskCall):
+            call = None  # its masks are known by what they are
         if call is BACKWARD:
             self.freeze(tensors_in(args[:1] or tuple(kwargs.values())[:1]))
         if self.frozen or not torch.is_grad_enabled():
@@ -255,12 +258,14 @@ class Recorder(TorchFunctionMode):
         self.note_own(module.buffers(recurse=False))
 
 
+ATTENTION = ("scaled_dot_product_attention", "multi_head_attention_forward")
+
+
 def _is_mask(t: Tensor, operation: str) -> bool:
     if t.dtype is torch.bool:
         return True
-    if "dropout" not in operation or not t.is_floating_point() or not t.numel():
-        return False
-    return bool(((t == 0) | (t == t.amax())).all())
+    draws_a_mask = "dropout" in operation or operation in ATTENTION
+    return draws_a_mask and t.dtype in _policy.DTYPES and t.numel() > 0 and ops.second_value(t) is not None
 
 
 def _is_attribute(function: Any) -> bool:

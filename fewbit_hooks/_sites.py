@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import enum
 import sys
+import threading
 import weakref
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -111,10 +112,11 @@ class Watch:
         relied: the derivative is taken from the output already, and its packed object holds it.
     """
 
-    __slots__ = ("_version", "held", "output", "relied", "saved", "site")
+    __slots__ = ("_version", "held", "output", "relied", "saved", "site", "thread")
 
     def __init__(self, site: Site, saved: list[StorageWeakRef], output: Tensor, *, relied: bool) -> None:
         self.site = site
+        self.thread = threading.get_ident()
         self.saved = saved
         self.output = StorageWeakRef(output.untyped_storage())
         self.relied = relied
@@ -218,9 +220,11 @@ class Sites:
 
 
 def look(watches: list[Watch], running: Collection[nn.Module], step: int) -> list[Watch]:
-    """Look at each call that is over; returns those whose module is still in its forward."""
-    still_running = [watch for watch in watches if watch.site.module() in running]
+    """Look at each call that is over; returns those whose module is still in its forward, here or on another thread."""
+    mine, left = threading.get_ident(), []
     for watch in watches:
-        if watch not in still_running:
+        if watch.thread != mine or watch.site.module() in running:
+            left.append(watch)
+        else:
             watch.look(step)
-    return still_running
+    return left

@@ -269,9 +269,6 @@ def test_a_scope_frees_and_stores_what_was_predicted(make: type[nn.Module], bits
     loss.backward()
 
 
-# A scope learns in its first steps whose output is kept, and which sites free nothing. Where it does not learn yet, it
-# stores `bits` bits beside a kept output, too, and does not code dropout's masks: then this is expected to fail. Take
-# the mark off when the scope learns.
 @pytest.mark.parametrize("bits", [1, 3])
 @pytest.mark.parametrize("make", [tiny_bert, tiny_vit])
 def test_a_scope_that_has_learned_frees_what_was_predicted(make: Any, bits: int) -> None:

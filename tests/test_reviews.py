@@ -61,7 +61,7 @@ def test_fine_tuning_with_few_bits_is_as_good_and_holds_a_tenth(
     settings = Settings(task="reviews", output=tmp_path / "reviews.png")
     _runs.demo(settings)
     stock, three, two = results
-    print(_summary._table(results, cuda=False))
+    _summary.Console().print(_summary._table(results, cuda=False))
     _summary.draw(load(settings).title, results, settings.output)
     assert stock.losses[0] == three.losses[0] == two.losses[0]
     assert stock.accuracy > 0.76

@@ -58,7 +58,7 @@ def show(task: Task, settings: Settings, results: Sequence[Result]) -> None:
         else "resident (psutil), of a fresh process that gives back what it frees"
     )
     console.print(
-        "original: what stock PyTorch keeps for the backward of the activations, on one batch; stored: the codes; "
+        "original: what stock PyTorch keeps for activations and dropout, on one batch; stored: codes and masks; "
         f"freed: original bytes that are gone. Peak memory: {memory}, in the first {MEMORY_STEPS} steps. "
         "Gradient error: of all gradients together, on one batch, with the trained weights.",
         style="dim",
@@ -115,7 +115,7 @@ def draw(title: str, results: Sequence[Result], path: Path, cuda: bool = False) 
     change = ["" if r.bits is None else f"{100 * (r.held_bytes / r.original_bytes - 1):+.0f} %" for r in results]
     held.bar_label(_bars(held, names, original, "#e4e4e4"), change, label_type="center", color="#555555")
     _label(held, _bars(held, names, [result.held_bytes / MIB for result in results]))
-    held.set_title("Held for backward\nby the activations")
+    held.set_title("Held for backward by\nactivations and dropout")
     _label(peak, _bars(peak, names, [result.peak_bytes / MIB for result in results]))
     peak.set_title("Peak GPU memory" if cuda else "Peak memory\nof the process")
     for axes in (held, peak):
