@@ -38,9 +38,9 @@ def test_the_whole_demo_quickly(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
     rows = {cells[0]: cells[1:] for line in done.stdout.splitlines() if len(cells := _cells(line)) == 3}
     assert rows["first loss"][0] == rows["first loss"][1]
-    assert rows["original"] == ["73.5 MiB", "73.5 MiB"]  # GELU's inputs, and as much of dropout's noise
-    assert rows["stored"] == ["0 B", "3.4 MiB"]
-    assert rows["freed"] == ["0 B", "73.5 MiB"]
+    assert rows["original"] == ["49.0 MiB", "49.0 MiB"]  # GELU's inputs, and as much of dropout's noise
+    assert rows["stored"] == ["0 B", "2.3 MiB"]
+    assert rows["freed"] == ["0 B", "49.0 MiB"]
     assert {"test accuracy", "peak process memory", "time a step, median", "gradient error"} <= rows.keys()
     assert "warning" not in done.stderr.lower()
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ._task import Data, Recipe, Task
 
-DIM, LAYERS, HEADS = 64, 6, 4
+DIM, LAYERS, HEADS = 64, 4, 4
 TOKENS = 7 * 7
 RECIPE = Recipe(epochs=10, batch=128, learning_rate=4e-3, weight_decay=0.05)
 MEAN, STD = 4.9, 6.0  # of the pixels, which are 0 to 16
