@@ -500,9 +500,10 @@ def in_threads(*functions: Callable[[], None]) -> None:
     assert errors == []
 
 
-def train_on(opened: fewbit.scope, x: Tensor, meet: Callable[[], object] = lambda: None) -> list[Tensor]:
+def train_on(
+    net: nn.Module, opened: fewbit.scope, x: Tensor, meet: Callable[[], object] = lambda: None
+) -> list[Tensor]:
     """The gradients of the last of some training steps."""
-    net = model()
     for _ in range(20):
         net.zero_grad()
         meet()
@@ -513,12 +514,13 @@ def train_on(opened: fewbit.scope, x: Tensor, meet: Callable[[], object] = lambd
 
 
 def test_threads_train_at_once_each_with_the_bits_of_its_scope(x: Tensor) -> None:
-    expected = {bits: train_on(few(bits), x) for bits in (1, 4)}
+    expected = {bits: train_on(model(), few(bits), x) for bits in (1, 4)}
+    nets = {bits: model() for bits in (1, 4)}  # here: threads share the generator that draws the weights
     meet = threading.Barrier(2, timeout=30)
     results: dict[int, list[Tensor]] = {}
 
     def work(bits: int) -> None:
-        results[bits] = train_on(few(bits), x, meet.wait)
+        results[bits] = train_on(nets[bits], few(bits), x, meet.wait)
 
     in_threads(*(functools.partial(work, bits) for bits in expected))
     assert all(equal(results[bits], expected[bits]) for bits in expected)
@@ -530,7 +532,8 @@ def test_threads_train_at_once_with_one_scope(x: Tensor) -> None:
     exact = torch.cat([gradient.flatten() for gradient in gradients(net)])
     opened, meet = few(2), threading.Barrier(2, timeout=30)
     results: list[list[Tensor]] = []
-    in_threads(*[lambda: results.append(train_on(opened, x, meet.wait))] * 2)
+    nets = [model(), model()]
+    in_threads(*(lambda net=net: results.append(train_on(net, opened, x, meet.wait)) for net in nets))
     for result in results:  # coded, or learned already: which of the two depends on how the threads interleave
         few_bits = torch.cat([gradient.flatten() for gradient in result])
         assert F.cosine_similarity(few_bits, exact, dim=0) > 0.95
