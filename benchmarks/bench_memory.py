@@ -11,6 +11,7 @@ a scope, when it has learned what is kept anyway. `docs/make.py` makes docs/memo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import datetime
 import gc
@@ -19,18 +20,18 @@ import math
 import platform
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from held import held_for_backward
 from torch import Tensor, nn
 
 import fewbit_hooks as fewbit
 from fewbit_hooks._mask_calls import MASKS
 from fewbit_hooks._profile_models import Sizes, build
+from held import held_for_backward
 
 MODELS: dict[str, int | None] = {
     "roberta-base": 4,
@@ -145,7 +146,7 @@ def with_adapters(model: nn.Module) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     kinds = {"Linear", "Conv1D", "Conv1d", "Conv2d"}  # Conv1D is transformers' own linear layer, in GPT-2
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = model.get_output_embeddings()
     new = () if head is not None else ("classifier",)
     targets = [
         path
@@ -159,7 +160,7 @@ def with_adapters(model: nn.Module) -> nn.Module:
     config = LoraConfig(r=8, lora_dropout=0.05, target_modules=targets, init_lora_weights=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+        adapted = get_peft_model(model, config)
     for module in adapted.modules():  # MobileNetV2 looks at its convolutions to pad their inputs
         if isinstance(conv := getattr(module, "base_layer", None), nn.Conv2d):
             module.stride, module.kernel_size, module.dilation = conv.stride, conv.kernel_size, conv.dilation
@@ -249,7 +250,8 @@ def machine() -> str:
     if cpuinfo.exists():
         models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         name = models[0].partition(":")[2].strip() if models else name
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread" + ("" if threads == 1 else "s")
 
 
 def versions() -> str:
@@ -264,13 +266,14 @@ def describe(batch: Mapping[str, Any]) -> str:
     return " x ".join(map(str, max(batch.values(), key=lambda value: value.numel()).shape))
 
 
-def run(models: Mapping[str, int | None], *, quick: bool = False) -> list[dict[str, Any]]:
-    """The whole table, printed as it comes."""
+def run(models: Mapping[str, int | None], *, quick: bool = False) -> Iterator[dict[str, Any]]:
+    """The rows of the table, printed as they come."""
     about = {"machine": machine(), "versions": versions(), "date": datetime.date.today().isoformat()}
     print(f"machine  {about['machine']}\nversions {about['versions']}\n")
     head = ("native", "masks", "output", "1 bit", "codes", "other")
-    print(f"{'model':<22}{'':<6}{'':<9}{'setting':<8}{'MiB':>8}{'freed':>8}{'error':>9}  " + "".join(map("{:>8}".format, head)))
-    start, table = time.perf_counter(), []
+    start_of_head = f"{'model':<22}{'':<6}{'':<9}{'setting':<8}{'MiB':>8}{'freed':>8}{'error':>9}  "
+    print(start_of_head + "".join(f"{word:>8}" for word in head))
+    start = time.perf_counter()
     for name, layers in models.items():
         for training in ("full", "LoRA"):
             in_float32: dict[str, Tensor] = {}
@@ -293,16 +296,16 @@ def run(models: Mapping[str, int | None], *, quick: bool = False) -> list[dict[s
                         **about,
                     }
                     print(line(row), flush=True)
-                    table.append(row)
+                    yield row
                 del case
                 gc.collect()
         print(f"{time.perf_counter() - start:.0f} s", flush=True)
-    return table
 
 
 def line(row: Mapping[str, Any]) -> str:
     """A row for people; contributions in percent of stock's bytes."""
-    text = f"{row['model']:<22}{row['training']:<6}{row['dtype']:<9}{row['setting']:<8}{row['held_bytes'] / 2**20:>8.1f}"
+    text = f"{row['model']:<22}{row['training']:<6}{row['dtype']:<9}{row['setting']:<8}"
+    text += f"{row['held_bytes'] / 2**20:>8.1f}"
     error = f"{100 * row['gradient_error']:>7.2f} %" if "gradient_error" in row else f"{'':>9}"
     if row["setting"] == "stock":
         return f"{text}{'':>8}{error}".rstrip()
@@ -311,30 +314,29 @@ def line(row: Mapping[str, Any]) -> str:
     return f"{text}{100 * row['freed_share']:>6.1f} %{error}  {parts}  {row['note']}".rstrip()
 
 
-def write(table: list[dict[str, Any]], path: str) -> None:
-    """As CSV."""
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(table)
-
-
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"{' and '.join(QUICK)} only, with small batches")
     parser.add_argument("--csv", metavar="PATH", help="write the table there")
     parser.add_argument("--models", nargs="+", choices=MODELS, metavar="NAME", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--threads", type=int, metavar="N", help="of torch; its own choice where left out")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     known = QUICK if arguments.quick else MODELS
     chosen = {name: known.get(name, MODELS[name]) for name in arguments.models or known}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fewbit.FewbitWarning)  # that nothing was compressed: rows here say it
-        table = run(chosen, quick=arguments.quick)
-    if arguments.csv:
-        write(table, arguments.csv)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", fewbit.FewbitWarning)  # that nothing was compressed: the rows say it
+        writer = None
+        if arguments.csv:
+            file = stack.enter_context(open(arguments.csv, "w", newline="", encoding="utf-8"))
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+        for row in run(chosen, quick=arguments.quick):
+            if writer is not None:
+                writer.writerow(row)
+                file.flush()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What autograd really holds for a backward, counted from outside: by walking the graph, without the library's books."""
+"""What autograd really holds for a backward, counted from outside: the graph is walked, the library is not asked."""
 
 from __future__ import annotations
 

@@ -36,7 +36,13 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet-50": ("resnet", {}),
     "efficientnet-b0": (
         "efficientnet",
-        {"image_size": 224, "width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280, "dropout_rate": 0.2},
+        {
+            "image_size": 224,
+            "width_coefficient": 1.0,
+            "depth_coefficient": 1.0,
+            "hidden_dim": 1280,
+            "dropout_rate": 0.2,
+        },
     ),
     "mobilenet-v2": ("mobilenet_v2", {}),
     "clip-vit-base-patch32": ("clip", {}),

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import fewbit_hooks as fewbit
-from benchmarks.held import held_for_backward as held_for_backward
 from fewbit_hooks import _stack
+from held import held_for_backward as held_for_backward
 
 # Thousands of small calls: on a busy machine a second thread makes them three times slower. test_ops.py uses all.
 torch.set_num_threads(1)
