@@ -2,7 +2,7 @@
 
 Saved-tensor hooks are told a tensor, never the operation; a `TorchFunctionMode` sees the operation, never what it
 keeps. Together they know both. For a profile, and only for one, the hooks are on for the whole step; the pack hook
-hands autograd a `Held` in place of the tensor, of which the recorder holds a weak reference: what is dropped of the
+hands autograd a `Kept` in place of the tensor, of which the recorder holds a weak reference: what is dropped of the
 graph before the forward ends was not kept, and is not counted.
 
 Custom autograd Functions are no torch calls; the Python frame of their `apply` names them. What they keep as
@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from . import _hooks, _policy, ops
+from . import _policy, ops
 from ._calls import BACKWARD, RECOGNISED, Call
+from ._hooks import Kept, unpack
 from ._mask_calls import MaskCall
 from ._modules import ModuleRef, innermost_module, outermost_module
 
@@ -34,12 +35,6 @@ UNSEEN = "(no torch call)"
 """What is saved neither by a torch call nor by a custom Function: scripted functions, C++ extensions."""
 
 IN, OUT, MADE = "input", "output", "made by the call"
-
-
-class Held(_hooks.Kept):
-    """A saved tensor as it is, which the recorder can refer to weakly."""
-
-    __slots__ = ("__weakref__",)
 
 
 @dataclass(eq=False, slots=True)
@@ -79,7 +74,7 @@ class Saved:
     """
 
     operation: Operation
-    held: weakref.ref[Held]
+    held: weakref.ref[Kept]
     storage: int
     nbytes: int
     dtype: torch.dtype
@@ -133,7 +128,7 @@ class Recorder(TorchFunctionMode):
         self._weak: dict[int, StorageWeakRef] = {}  # keeps the address of a storage that is gone from being used again
         self._current: _Current | None = None
         self._pack_hook = self._pack  # one bound method, to be recognised as the innermost hook
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack_hook, _hooks.unpack)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack_hook, unpack)
 
     def __enter__(self) -> Recorder:
         self._modules = nn.modules.module.register_module_forward_pre_hook(self._note_module)
@@ -188,10 +183,10 @@ class Recorder(TorchFunctionMode):
         finally:
             self._current = outer
 
-    def _pack(self, t: Tensor) -> Held:
+    def _pack(self, t: Tensor) -> Kept:
         with torch._C.DisableTorchFunction():
             operation = self._operation(sys._getframe(1))
-            held = Held(t, operation.name)
+            held = Kept(t, operation.name)
             if not self.frozen:
                 leaf = t.grad_fn is None
                 t = getattr(t, "_local_tensor", t)  # a DTensor's own part
