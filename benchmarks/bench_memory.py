@@ -192,7 +192,7 @@ def measure(case: Case) -> Iterator[dict[str, Any]]:
         gradients = case.gradients(loss)
         del loss
         freed = stock_bytes - held
-        parts = contributions(report, case.dtype.itemsize)
+        parts = contributions(report, case)
         yield {
             "setting": setting,
             "held_bytes": held,
@@ -206,7 +206,7 @@ def measure(case: Case) -> Iterator[dict[str, Any]]:
         }
 
 
-def contributions(report: fewbit.Report, itemsize: int) -> dict[str, int]:
+def contributions(report: fewbit.Report, case: Case) -> dict[str, int]:
     """Whose the freed bytes are, less what is stored for them, by the rows of the report."""
     parts = dict.fromkeys(PARTS, 0)
     exact = {activation.name for activation in fewbit.activations() if activation.exact}
@@ -215,21 +215,25 @@ def contributions(report: fewbit.Report, itemsize: int) -> dict[str, int]:
         if row.activation in MASKS:
             parts["masks_bytes"] += net
             continue
-        never_made = intermediates(row, itemsize)
+        never_made = intermediates(row, case) if is_composite(case.model, row.module) else 0
         parts["native_op_bytes"] += never_made
         kind = "output_bit" if row.beside_output else "exact_bit" if row.activation in exact else "codes"
         parts[f"{kind}_bytes"] += net - never_made
     return parts
 
 
-def intermediates(row: Any, itemsize: int) -> int:
-    """What an activation written in primitives would have kept beyond a tensor of its input's size."""
-    if hasattr(torch, row.activation) or hasattr(nn.functional, row.activation):
-        return 0  # it is an operation of torch's anyway
-    if not row.bits:  # nothing is stored: the input itself, or only the output, is left
-        return int(row.freed_bytes)
+def is_composite(model: nn.Module, path: str) -> bool:
+    """The module is of a class that computes an activation from primitives, and that a scope runs as one node."""
+    modules = dict(model.named_modules())
+    return path in modules and hasattr(type(modules[path]).forward, "_fewbit_original")
+
+
+def intermediates(row: Any, case: Case) -> int:
+    """What the primitives would have kept beside a tensor of the input's size, which codes or the output replace."""
+    if not row.bits:  # the input itself is left
+        return int(row.freed_bytes - row.stored_bytes)
     elements = 8 * row.stored_bytes // row.bits
-    return max(0, row.freed_bytes - elements * itemsize)
+    return max(0, int(row.freed_bytes - elements * case.dtype.itemsize))
 
 
 def relative_error(exact: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:

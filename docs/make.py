@@ -11,6 +11,7 @@ from pathlib import Path
 
 import fewbit_hooks as fewbit
 from fewbit_hooks import Activation
+from fewbit_hooks._composites import built_in
 from fewbit_hooks._mask_calls import mask_calls
 
 DOCS = Path(__file__).parent
@@ -54,6 +55,20 @@ made for the call, `scores.masked_fill(mask == 0, -inf)`, is packed once nobody 
 on CUDA (`alpha_dropout`) is kept: the host would have to wait to see that it has two values.
 """
 
+COMPOSITES = """\
+
+## Composites
+
+Modules that compute an activation or a norm from primitives save several tensors of its size. They are known by their
+class, and run as one node: their own forward, unrecorded, bit for bit. What is kept of an activation is what is kept of
+any other: codes, or a bit beside the output; with `exact=True` the input, from which the forward is run again. Norms
+are run again, exactly, under `recompute=True`. [`fewbit_hooks.register_module`](quickstart.md#a-module-of-your-own)
+teaches yours.
+
+| as | classes |
+| --- | --- |
+"""
+
 KEPT = """\
 
 ## Known, and kept exact
@@ -78,7 +93,10 @@ def activations_page() -> str:
     masks = [
         f"| **{name}** | " + ", ".join(f"`{call}`" for call in calls) + " |" for name, calls in mask_calls().items()
     ]
-    return "\n".join([*lines, MASKS + "\n".join(masks), MASKS_KEPT + KEPT])
+    composites = [
+        f"| **{name}** | " + ", ".join(f"`{cls}`" for cls in classes) + " |" for name, classes in built_in().items()
+    ]
+    return "\n".join([*lines, MASKS + "\n".join(masks), MASKS_KEPT + COMPOSITES + "\n".join(composites), KEPT])
 
 
 def _line(activation: Activation) -> str:

@@ -9,6 +9,7 @@ from ._catalog import codebook as codebook
 from ._codebook import Codebook as Codebook
 from ._compare import Comparison as Comparison
 from ._compare import compare as compare
+from ._composites import register_module as register_module
 from ._enable import Handle as Handle
 from ._enable import active as active
 from ._enable import disable as disable

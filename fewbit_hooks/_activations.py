@@ -128,16 +128,22 @@ class Activation:
 
 
 @contextlib.contextmanager
-def pristine() -> Iterator[None]:
-    """Run torch as if nothing surrounded the call, and record gradients: no modes, no autocast, no hooks of others."""
+def pristine(*, autocast: bool = False) -> Iterator[None]:
+    """Run torch as if nothing surrounded the call, and record gradients: no modes, no autocast, no hooks of others.
+
+    Args:
+        autocast: leave it as it is.
+    """
+    devices = () if autocast else ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     with (
         torch._C.DisableTorchFunction(),
         torch.inference_mode(False),
         torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast("cuda", enabled=False) if torch.cuda.is_available() else contextlib.nullcontext(),
+        contextlib.ExitStack() as without,
         torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t),
     ):
+        for device in devices:
+            without.enter_context(torch.autocast(device, enabled=False))
         yield
 
 
@@ -175,6 +181,7 @@ _BUILT_IN = (
     Activation("hardswish", F.hardswish, jumps_of=lambda: (-3.0, 3.0)),
     Activation("logsigmoid", F.logsigmoid, saves="several"),
     Activation("mish", F.mish),
+    Activation("quick_gelu", lambda x: x * torch.sigmoid(1.702 * x), saves="several"),
     Activation("selu", torch.selu, jumps_of=lambda: (0.0,)),
     Activation("sigmoid", torch.sigmoid, saves="output", even=True),
     Activation("silu", F.silu),

@@ -15,8 +15,9 @@ that it holds, the input above all, when its call is over.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,9 +26,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from . import ops
 from ._errors import FewbitError, FewbitRuntimeError
 from ._inverse import Inverse
-from ._ledger import Ledger, Row, Step
+from ._ledger import CODES, KEPT, OUTPUT, Ledger, Row, Step
 from ._plan import Plan
-from ._sites import Site, Watch
+from ._sites import Site, Verdict, Watch
+
+Table: TypeAlias = Callable[[torch.dtype, torch.dtype, torch.device], Tensor]
+"""By the dtype of the output, and the dtype and the device of what is looked up."""
 
 NAN = "holds NaN, where stock's gradient depends on the position"
 NO_GAIN = "codes would be no smaller than its storage"
@@ -56,22 +60,23 @@ class Packed:
 class Beside:
     """An output that somebody else keeps, and at most one bit an element, in the place of a saved tensor."""
 
-    __slots__ = ("inverse", "k", "layout", "name", "output", "packed", "step", "version")
+    __slots__ = ("layout", "name", "output", "packed", "step", "table", "version")
 
-    def __init__(
-        self, packed: Tensor | None, inverse: Inverse, k: int, layout: ops.Layout, name: str, step: Step
-    ) -> None:
+    def __init__(self, packed: Tensor | None, table: Table, layout: ops.Layout, name: str, step: Step) -> None:
         self.packed = packed
-        self.inverse = inverse
-        self.k = k
+        self.table = table
         self.layout = layout
         self.name = name
         self.step = step
         self.output: Tensor | None = None
         self.version = 0
 
+    def rely_on(self, y: Tensor) -> None:
+        """The call has its output."""
+        self.output, self.version = y.detach(), y._version
+
     def unpack(self) -> Tensor:
-        """The stand-ins, from the output."""
+        """What the table has for the output and the bit: the stand-ins."""
         begin_backward(self.name, self.step)
         assert self.output is not None
         if self.output._version != self.version:
@@ -81,8 +86,7 @@ class Beside:
                 "from the output, which another node was seen to keep. From the next step on it is not; for this one, "
                 "replace the inplace operation, or run the module under `with fewbit_hooks.scope(bits=None):`."
             )
-        table = self.inverse.table(self.k, self.output.dtype, self.layout.dtype, self.layout.device)
-        assert table is not None
+        table = self.table(self.output.dtype, self.layout.dtype, self.layout.device)
         with torch._C.DisableTorchFunction(), torch.no_grad():
             return ops.decode_beside(self.output, self.packed, table, self.layout)
 
@@ -90,7 +94,7 @@ class Beside:
 class Kept:
     """A saved tensor as it is, and its version."""
 
-    __slots__ = ("name", "tensor", "version")
+    __slots__ = ("__weakref__", "name", "tensor", "version")
 
     def __init__(self, tensor: Tensor, name: str) -> None:
         self.tensor = tensor.detach()
@@ -181,7 +185,8 @@ class PackHook:
             reason = self._reason_to_keep(t)
             self._keep = bool(reason)
             bits = None if reason else self._bits
-            self._row = self._ledger.row(name, bits, reason, beside_output=self._inverse is not None)
+            how = KEPT if reason else CODES if self._inverse is None else OUTPUT
+            self._row = self._ledger.row(name, bits, reason, how=how)
         self._ledger.original(self._row, t)
         if self._keep:
             return Kept(t, name)
@@ -193,18 +198,18 @@ class PackHook:
             self._ledger.stored(self._row, self._codes.nbytes)
         layout, step = ops.Layout.of(t), self._ledger.step
         if self._inverse is not None:
-            self._beside.append(Beside(self._codes, self._inverse, k, layout, name, step))
+            self._beside.append(Beside(self._codes, functools.partial(self._inverse.table, k), layout, name, step))
             return self._beside[-1]
         assert self._codes is not None
         return Packed(self._codes, rows, plan.bits, layout, name, step)
 
     def finish(self, y: Tensor) -> None:
         """The call has its output."""
-        output = y.detach() if self._beside else None
         for packed in self._beside:
-            packed.output, packed.version = output, y._version
+            packed.rely_on(y)
         if self._site is not None and self._saved:
-            self._ledger.watch(Watch(self._site, self._saved, y, relied=bool(self._beside)))
+            treated = Verdict.OUTPUT if self._beside else Verdict.CODES
+            self._ledger.watch(Watch(self._site, self._saved, y, treated))
 
     def release(self) -> None:
         """The call is over; see the note above."""
@@ -246,37 +251,3 @@ def run_coded(
         return y
     finally:
         pack.release()
-
-
-def run_as_one_node(plan: Plan, ledger: Ledger, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
-    """Run a user's own function as one autograd node that saves nothing but the codes of its input."""
-    y: Tensor = _OneNode.apply(x, plan, ledger, run)  # type: ignore[no-untyped-call]
-    return y
-
-
-class _OneNode(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, plan: Plan, ledger: Ledger, run: Callable[[], Tensor]) -> Tensor:
-        version = x._version
-        y = run()  # grad mode is off here: the function's own forward, unrecorded
-        name = plan.activation.name
-        if x._version != version:
-            raise FewbitError(f"{name} overwrites its input; fewbit_hooks.register() takes functions that do not.")
-        if not isinstance(y, Tensor) or y.shape != x.shape:
-            raise FewbitError(f"{name} must return one tensor of its input's shape to be run as an activation.")
-        codes = ops.encode(x, plan.bits, plan.coder(x.dtype, x.device))
-        row = ledger.row(name, plan.bits)
-        ledger.original(row, x)
-        ledger.stored(row, codes.nbytes, never_kept=plan.intermediates(x))
-        ctx.save_for_backward(codes)
-        ctx.plan, ctx.layout, ctx.step = plan, ops.Layout.of(x), ledger.step
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        plan, layout = ctx.plan, ctx.layout
-        begin_backward(plan.activation.name, ctx.step)
-        (codes,) = ctx.saved_tensors
-        with torch._C.DisableTorchFunction():
-            slope = ops.decode(codes, plan.level_rows(layout.dtype, layout.device), plan.bits, layout)
-            return slope.mul_(grad), None, None, None  # in the input's dtype, whatever autocast made of the output

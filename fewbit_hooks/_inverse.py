@@ -39,13 +39,16 @@ class Inverse:
 
     Args:
         function: the call, of a tensor.
+        derivative: f' in float64.
         minimum: where f has its minimum; None where it rises everywhere.
     """
 
-    def __init__(self, function: Function, minimum: float | None) -> None:
+    def __init__(self, function: Function, derivative: Callable[[Array], Array], minimum: float | None) -> None:
         self._function = function
+        self._derivative = derivative
         self.minimum = minimum
         self._tables: dict[tuple[torch.dtype, torch.dtype, torch.device], list[Tensor | None]] = {}
+        self._slopes: dict[tuple[torch.dtype, torch.dtype, torch.device], Tensor] = {}
 
     @property
     def bits(self) -> int:
@@ -57,7 +60,7 @@ class Inverse:
         assert self.minimum is not None
         return x > self.minimum
 
-    def table(self, k: int, output: torch.dtype, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    def table(self, k: int, output: torch.dtype, dtype: torch.dtype, device: torch.device) -> Tensor:
         """What to hand the node for the k-th tensor that the call saves, by output and side.
 
         Args:
@@ -65,14 +68,24 @@ class Inverse:
             dtype, device: of the saved tensor.
 
         Returns:
-            65,536 values, or 2 x 65,536; None for a saved tensor that is not of the input's shape.
+            65,536 values, or 2 x 65,536. The k-th saved tensor must be of the input's shape.
         """
         key = output, dtype, device
         if key not in self._tables:
-            s = self.inputs(torch.bfloat16 if output == torch.bfloat16 else torch.float16)
+            s = self.inputs(_looked_up(output))
             saved = saved_by(self._function, s.to(dtype).to(device, non_blocking=True))
             self._tables[key] = [t.to(dtype) if t.shape == s.shape else None for t in saved]
-        return self._tables[key][k]
+        table = self._tables[key][k]
+        assert table is not None
+        return table
+
+    def slopes(self, output: torch.dtype, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The derivative itself by output and side, for a call that is run as one node; as `table`."""
+        key = output, dtype, device
+        if key not in self._slopes:
+            slopes = torch.from_numpy(self._derivative(self.inputs(_looked_up(output)).numpy()))
+            self._slopes[key] = slopes.to(dtype).to(device, non_blocking=True)
+        return self._slopes[key]
 
     def inputs(self, dtype: torch.dtype) -> Tensor:
         """The inputs, in float64, of all outputs of a 16-bit dtype: those left of the minimum, then those right."""
@@ -110,14 +123,19 @@ def find_inverse(function: Function, derivative: Callable[[Array], Array]) -> In
     if not len(rising):
         return None
     if not len(falling):
-        return Inverse(function, None)
+        return Inverse(function, derivative, None)
     if falling[-1] > rising[0]:
         return None
     low, high = grid[falling[-1]], grid[rising[0]]
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if derivative(np.array([middle]))[0] < 0 else (low, middle)
-    return Inverse(function, float(high))
+    return Inverse(function, derivative, float(high))
+
+
+def _looked_up(output: torch.dtype) -> torch.dtype:
+    """The 16-bit dtype by whose bits `ops.decode_beside` looks an output up."""
+    return torch.bfloat16 if output == torch.bfloat16 else torch.float16
 
 
 def _evaluate(function: Function, x: Array) -> Array:

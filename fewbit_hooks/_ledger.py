@@ -34,6 +34,9 @@ SWEEP = 4096
 WATCHES = 1024
 """Calls that are watched at most: those of one forward, which has a hundred of them or so."""
 
+CODES, OUTPUT, RECOMPUTED, KEPT = "codes", "output", "recomputed", "kept"
+"""What a row's backward is served from: codes; a kept output and at most a bit; kept sources; the tensor itself."""
+
 HELD = "its storage is still held: another saved tensor, or a reference of yours"
 
 
@@ -46,7 +49,7 @@ class Row:
     model: ModuleRef | None
     bits: int | None
     reason: str
-    beside_output: bool = False
+    how: str
     calls: int = 0
     original_bytes: int = 0
     stored_bytes: int = 0
@@ -54,7 +57,7 @@ class Row:
     module_class: str = ""
 
 
-RowKey = tuple[str, ModuleRef | None, int | None, str, bool]
+RowKey = tuple[str, ModuleRef | None, int | None, str, str]
 
 
 @dataclass(slots=True)
@@ -108,12 +111,12 @@ class Ledger:
         self._lock = threading.Lock()
         self.step = Step(self._lock)
 
-    def row(self, activation: str, bits: int | None, reason: str = "", *, beside_output: bool = False) -> Row:
+    def row(self, activation: str, bits: int | None, reason: str = "", *, how: str = KEPT) -> Row:
         """Count a call; `bits` None says that it is kept, and `reason` why."""
         module = innermost_module()
         ref = weakref.ref(module) if module is not None else None
         with self._lock:
-            row = self._open(activation, ref, bits, reason, beside_output)
+            row = self._open(activation, ref, bits, reason, how)
             if row.calls == 0 and module is not None:
                 row.model = weakref.ref(outermost_module() or module)
                 row.module_class = type(module).__name__
@@ -127,15 +130,13 @@ class Ledger:
             row.calls += 1
             row.original_bytes += nbytes
 
-    def _open(
-        self, activation: str, module: ModuleRef | None, bits: int | None, reason: str, beside_output: bool = False
-    ) -> Row:
+    def _open(self, activation: str, module: ModuleRef | None, bits: int | None, reason: str, how: str = KEPT) -> Row:
         if self.step.backward_began:
             self.step = Step(self._lock, self.step.number + 1)
-        key = activation, module, bits, reason, beside_output
+        key = activation, module, bits, reason, how
         row = self.step.rows.get(key)
         if row is None:
-            row = self.step.rows[key] = Row(activation, module, None, bits, reason, beside_output)
+            row = self.step.rows[key] = Row(activation, module, None, bits, reason, how)
         return row
 
     @property

@@ -34,17 +34,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _policy, ops
+from . import _policy, _recompute, ops
 from ._hooks import NO_GAIN, Kept
-from ._ledger import Ledger, Row, Step
+from ._ledger import CODES, Ledger, Row, Step
 from ._mask_calls import MaskCall
 from ._policy import Keep
 from ._stack import Entry
 
 FLOATS = "a mask of floats on CUDA: the host would have to wait to see that it has two values"
 CAPTURING = "a mask of the caller's, while a CUDA graph is captured"
+
+PLAIN_DROPOUT = frozenset({F.dropout, torch.dropout, torch.ops.aten.dropout, torch.ops.aten.dropout.default})
+"""The dropouts that multiply their input by the mask, element by element, and do nothing else."""
 
 LOOKS = 8
 """How often a waiting mask is looked at before it counts as held for good. A module that masks twice or thrice has
@@ -61,7 +65,7 @@ def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: 
     settings, ledger = entry.scope._settings, entry.scope._ledger
     # a parameter may well have a mask; a subclass among the arguments decides what is saved
     foreign = next((t for t in tensors if type(t) not in (Tensor, nn.Parameter)), x.detach())
-    if reason := _policy.obstacle(foreign, entry.hooks) or (_policy.TRACING if _traced() else ""):
+    if reason := _policy.obstacle(foreign, entry.hooks) or (_policy.TRACING if _policy.traced() else ""):
         ledger.passed(call.name, reason, 0)
         return func(*args, **kwargs)
     # No more than the mask's bytes: a dropout's mask is as large as its input, or smaller.
@@ -82,15 +86,26 @@ def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: 
     hook = MaskHook(call, tensors, ledger, settings.min_bytes)
     try:
         with torch.autograd.graph.saved_tensors_hooks(hook, _unpack):
-            return func(*args, **kwargs)
+            y = func(*args, **kwargs)
+        if entry.recomputes:
+            _note(call, func, given, x, hook.packed, y)
+        return y
     finally:
         hook.release()
+
+
+def _note(call: MaskCall, func: Any, given: dict[str, Any], x: Tensor, packed: Any, y: Any) -> None:
+    """For what is computed again: a dropout's result is its input and its mask; attention keeps what it is given."""
+    if call.name == "scaled_dot_product_attention":
+        _recompute.anchor_attention(given, y)
+    elif func in PLAIN_DROPOUT and packed is not None and isinstance(y, Tensor) and not given.get("inplace"):
+        _recompute.note_dropout(x, y, packed, given.get("p", 0.5))
 
 
 class PackedMask:
     """One bit an element in the place of a mask."""
 
-    __slots__ = ("codes", "layout", "rows", "step")
+    __slots__ = ("__weakref__", "codes", "layout", "rows", "step")
 
     def __init__(self, mask: Tensor, other: int, step: Step) -> None:
         self.codes = ops.encode(mask, 1, ops.not_zero)
@@ -154,14 +169,8 @@ _waiting = _Waiting()
 
 def look_again() -> None:
     """Pack those waiting masks of this thread that nobody else holds any more."""
-    if _waiting.masks and not _traced():
+    if _waiting.masks and not _policy.traced():
         _waiting.masks = [ref for ref in _waiting.masks if (waiting := ref()) is not None and waiting.look()]
-
-
-def _traced() -> bool:
-    """Fake tensors or proxies stand for the true ones: nothing may be looked at."""
-    keys = torch._C._TorchDispatchModeKey
-    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY))
 
 
 def _owners(t: Tensor) -> int:
@@ -180,7 +189,7 @@ def _unpack(packed: PackedMask | WaitingMask | Kept) -> Tensor:
 class MaskHook:
     """The pack hook of one call that saves a mask."""
 
-    __slots__ = ("_arguments", "_call", "_in_hand", "_ledger", "_min_bytes")
+    __slots__ = ("_arguments", "_call", "_in_hand", "_ledger", "_min_bytes", "packed")
 
     def __init__(self, call: MaskCall, tensors: list[Tensor], ledger: Ledger, min_bytes: int) -> None:
         self._call = call
@@ -188,6 +197,7 @@ class MaskHook:
         self._arguments = _arguments(call, tensors)
         self._ledger = ledger
         self._min_bytes = min_bytes
+        self.packed: PackedMask | None = None
 
     def __call__(self, t: Tensor) -> PackedMask | WaitingMask | Kept:
         call, ledger = self._call, self._ledger
@@ -207,19 +217,19 @@ class MaskHook:
             other = ops.second_value(t)
             if other is None:
                 return Kept(t, call.name)
-            row = ledger.row(call.name, 1)
+            row = ledger.row(call.name, 1, how=CODES)
             ledger.original(row, t)
             if self._in_hand:
                 waiting = WaitingMask(t, call.name, row, ledger.step)
                 _waiting.masks.append(weakref.ref(waiting))
                 return waiting
-            packed = PackedMask(t, other, ledger.step)
+            packed = self.packed = PackedMask(t, other, ledger.step)
         ledger.stored(row, packed.codes.nbytes)
         return packed
 
     def release(self) -> None:
         """The call is over; the hook itself lives as long as the node."""
-        del self._call, self._arguments, self._ledger
+        del self._call, self._arguments, self._ledger, self.packed
 
     def _keep(self, t: Tensor, reason: str) -> Kept:
         self._ledger.original(self._ledger.row(self._call.name, None, reason), t)

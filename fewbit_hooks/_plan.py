@@ -18,7 +18,7 @@ from ._activations import Activation, Parameter, pristine
 from ._codebook import Codebook
 from ._errors import FewbitError
 from ._inverse import Inverse, find_inverse
-from ._standins import Function, all_values, derivative_from, intermediates, saved_by, standins, standins_16bit
+from ._standins import Function, all_values, derivative_from, saved_by, saves, standins, standins_16bit
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 Coder = Callable[[Tensor], Tensor]
@@ -102,7 +102,7 @@ class Plan:
     def intermediates(self, x: Tensor) -> int:
         """The bytes that stock autograd would keep for the call beside the input's storage."""
         if self._intermediates is None:
-            self._intermediates = intermediates(self._function, torch.zeros(8, dtype=x.dtype, device=x.device))
+            self._intermediates, _ = saves(self._function, torch.zeros(8, dtype=x.dtype, device=x.device))
         return int(self._intermediates * x.numel() * x.element_size())
 
     def captures(self, x: Tensor) -> bool:

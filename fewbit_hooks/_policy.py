@@ -59,6 +59,7 @@ class Settings:
     min_bytes: int = 65536
     exclude: Exclusion = field(default_factory=Exclusion)
     exact: bool = False
+    recompute: bool = False
     codebooks: Mapping[str, Codebook] = field(default_factory=dict)
 
     def bits_for(self, name: str, x: Tensor, exact: bool) -> int | None:
@@ -100,15 +101,11 @@ def check_settings(
     for name, on in switches.items():
         if not isinstance(on, bool):
             raise FewbitTypeError(f"{name} must be True or False, got {on!r}")
-    if recompute:
-        raise FewbitError(
-            "recompute=True is not available in this version. Leave it out; activations are coded without it."
-        )
     if engine not in ("hooks", "fused", "auto"):
         raise FewbitValueError(f"engine must be 'hooks', 'fused' or 'auto', got {engine!r}")
     if engine == "fused":
         raise FewbitError("engine='fused' is not available in this version. Use 'auto' or 'hooks'.")
-    return Settings(bits, int(min_bytes), Exclusion(exclude), exact, _check_codebooks(codebooks))
+    return Settings(bits, int(min_bytes), Exclusion(exclude), exact, recompute, _check_codebooks(codebooks))
 
 
 def _check_codebooks(codebooks: object) -> dict[str, Codebook]:
@@ -160,6 +157,14 @@ def obstacle(x: Tensor, hooks: object) -> str:
         # innermost hooks win; packing inside a non-reentrant checkpoint takes from it what it expects to see
         return CHECKPOINT if top[0].__module__ == "torch.utils.checkpoint" else HOOKS
     return ""
+
+
+def traced() -> bool:
+    """Fake tensors or proxies stand for the true ones, or torch.jit.trace looks on."""
+    keys = torch._C._TorchDispatchModeKey
+    return torch._C._get_tracing_state() is not None or any(
+        torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY)
+    )
 
 
 def innermost_hooks() -> object:

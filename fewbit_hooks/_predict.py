@@ -7,6 +7,7 @@
 | only it keeps it; smooth; another node keeps the output   | 0 or 1 bit an element, see below     | all of it |
 | only it keeps it; smooth                                  | `bits` an element                    | all of it |
 | a mask that the call made (dropout), which only it keeps  | 1 bit an element, exact              | all of it |
+| what a composite, run as one node, makes in between       | as its input; nothing if that stays  | all of it |
 
 The output and at most a bit determine the derivative: none where the function is monotone, the side of the minimum
 where it has one.
@@ -21,12 +22,13 @@ from . import _policy, ops
 from ._recorder import IN, Operation, Saved
 
 BESIDE_OUTPUT = {
-    **dict.fromkeys(("gelu", "hardswish", "mish", "silu"), 1),
+    **dict.fromkeys(("gelu", "hardswish", "mish", "quick_gelu", "silu"), 1),
     **dict.fromkeys(("celu", "elu", "logsigmoid", "selu", "softplus", "softsign", "tanhshrink"), 0),
 }
 """Bits an element that the derivative takes beside the output."""
 
 SHARED = "kept: somebody else keeps it"
+AGAIN = "kept: run again from it"
 
 
 @dataclass(frozen=True)
@@ -115,16 +117,22 @@ def _obstacle(tensor: Saved, exact: bool, min_bytes: int) -> str | None:
     if operation.x_bytes < max(min_bytes, 1):
         return _policy.SMALL
     assert operation.call.activation is not None
+    if exact and operation.composite:
+        return AGAIN if tensor.role == IN else None
     if exact and not operation.call.activation.exact:
         return "kept: not two-valued"
     if tensor.leaf and tensor.role == IN:
         return SHARED  # a variable of the user's
+    if operation.composite:
+        return None
     if tensor.shape != operation.x_shape and operation.call.one_node is None:
         return ""  # beside the tensors that codes stand for
     return None
 
 
 def _bits(operation: Operation, tensors: list[Saved], bits: int, held: Collection[int]) -> int:
+    if operation.composite and operation.input in held:
+        return 0  # it is run again from its input
     if tensors[0].mask or operation.call is None or operation.call.activation is None:
         return 1
     if operation.call.activation.exact:
@@ -138,6 +146,8 @@ def _code_bytes(operation: Operation, tensors: list[Saved], bits: int) -> int:
 
 
 def _text(operation: Operation, bits: int, held: Collection[int]) -> str:
+    if operation.composite and operation.input in held:
+        return "run again"
     count = f"{bits} bit" + ("" if bits == 1 else "s")
     if operation.call is None or operation.call.activation is None or operation.call.activation.exact:
         return f"{count}, exact"

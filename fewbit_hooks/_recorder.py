@@ -2,7 +2,7 @@
 
 Saved-tensor hooks are told a tensor, never the operation; a `TorchFunctionMode` sees the operation, never what it
 keeps. Together they know both. For a profile, and only for one, the hooks are on for the whole step; the pack hook
-hands autograd a `Held` in place of the tensor, of which the recorder holds a weak reference: what is dropped of the
+hands autograd a `Kept` in place of the tensor, of which the recorder holds a weak reference: what is dropped of the
 graph before the forward ends was not kept, and is not counted.
 
 Custom autograd Functions are no torch calls; the Python frame of their `apply` names them. What they keep as
@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from . import _hooks, _policy, ops
+from . import _composites, _policy, ops
 from ._calls import BACKWARD, RECOGNISED, Call
+from ._hooks import Kept, unpack
 from ._mask_calls import MaskCall
 from ._modules import ModuleRef, innermost_module, outermost_module
 
@@ -34,12 +35,6 @@ UNSEEN = "(no torch call)"
 """What is saved neither by a torch call nor by a custom Function: scripted functions, C++ extensions."""
 
 IN, OUT, MADE = "input", "output", "made by the call"
-
-
-class Held(_hooks.Kept):
-    """A saved tensor as it is, which the recorder can refer to weakly."""
-
-    __slots__ = ("__weakref__",)
 
 
 @dataclass(eq=False, slots=True)
@@ -52,8 +47,10 @@ class Operation:
         call: what the scope recognises it as; None otherwise.
         reason: why a scope would keep a recognised call exact; empty where it would not.
         x_bytes, x_shape: of a recognised call's input.
+        input: of a composite, the storage of its input.
         output: the storage of its output.
         custom: it is a custom autograd Function.
+        composite: it is a whole module, written in primitives, that a scope runs as one node.
     """
 
     name: str
@@ -63,8 +60,10 @@ class Operation:
     reason: str = ""
     x_bytes: int = 0
     x_shape: torch.Size | None = None
+    input: int = 0
     output: int = 0
     custom: bool = False
+    composite: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -79,7 +78,7 @@ class Saved:
     """
 
     operation: Operation
-    held: weakref.ref[Held]
+    held: weakref.ref[Kept]
     storage: int
     nbytes: int
     dtype: torch.dtype
@@ -132,11 +131,14 @@ class Recorder(TorchFunctionMode):
         self.frozen = False
         self._weak: dict[int, StorageWeakRef] = {}  # keeps the address of a storage that is gone from being used again
         self._current: _Current | None = None
+        self._composite: tuple[nn.Module, Operation] | None = None  # that is running
         self._pack_hook = self._pack  # one bound method, to be recognised as the innermost hook
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack_hook, _hooks.unpack)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack_hook, unpack)
 
     def __enter__(self) -> Recorder:
+        _composites.find_built_in()
         self._modules = nn.modules.module.register_module_forward_pre_hook(self._note_module)
+        self._after = nn.modules.module.register_module_forward_hook(self._end_composite)
         self._hooks.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -147,6 +149,7 @@ class Recorder(TorchFunctionMode):
         super().__exit__(kind, value, traceback)  # type: ignore[no-untyped-call]
         self._hooks.__exit__(kind, value, traceback)
         self._modules.remove()
+        self._after.remove()
 
     def freeze(self, roots: Iterable[Tensor]) -> None:
         """The forward is over: strike off what is no longer kept, and look at the nodes of the graph."""
@@ -188,10 +191,10 @@ class Recorder(TorchFunctionMode):
         finally:
             self._current = outer
 
-    def _pack(self, t: Tensor) -> Held:
+    def _pack(self, t: Tensor) -> Kept:
         with torch._C.DisableTorchFunction():
             operation = self._operation(sys._getframe(1))
-            held = Held(t, operation.name)
+            held = Kept(t, operation.name)
             if not self.frozen:
                 leaf = t.grad_fn is None
                 t = getattr(t, "_local_tensor", t)  # a DTensor's own part
@@ -203,6 +206,8 @@ class Recorder(TorchFunctionMode):
         return held
 
     def _operation(self, frame: FrameType | None) -> Operation:
+        if self._composite is not None:
+            return self._composite[1]
         current = self._current
         if current is not None and current.operation is not None:
             return current.operation
@@ -236,11 +241,16 @@ class Recorder(TorchFunctionMode):
                 saved.mask = _is_mask(held.tensor, operation.name)
         if call is None or not isinstance(x := call.input(current.args, current.kwargs), Tensor):
             return
+        self._recognise(operation, call, current.function, current.args, current.kwargs, x)
+
+    def _recognise(
+        self, operation: Operation, call: Call, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
+    ) -> None:
         operation.call, operation.x_bytes, operation.x_shape = call, x.numel() * x.element_size(), x.shape
         operation.reason = _policy.obstacle(x, self._pack_hook)
         if not operation.reason:
             try:
-                _policy.make_plan(_policy.Settings(), call, current.function, current.args, current.kwargs, x)
+                _policy.make_plan(_policy.Settings(), call, function, args, kwargs, x)
             except _policy.Keep as keep:
                 operation.reason = str(keep)
 
@@ -253,9 +263,32 @@ class Recorder(TorchFunctionMode):
             self._weak[storage._cdata] = StorageWeakRef(storage)
         return int(storage._cdata)
 
-    def _note_module(self, module: nn.Module, _: Any) -> None:
+    def _note_module(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.note_own(module.parameters(recurse=False))
         self.note_own(module.buffers(recurse=False))
+        if self._composite is not None or self.frozen or not args or not torch.is_grad_enabled():
+            return
+        composite = _composites.acts_as(module, x := args[0])
+        if composite is None or composite.call is None or composite.call.activation is None:
+            return
+        operation = Operation(composite.name, weakref.ref(module), weakref.ref(outermost_module() or module))
+        operation.composite = True
+        with torch._C.DisableTorchFunction():
+            operation.input = self._key(x)
+            function = composite.call.activation.function
+            self._recognise(operation, composite.call, function, (x,), dict(composite.parameters), x)
+        self._composite = module, operation
+
+    def _end_composite(self, module: nn.Module, _: Any, output: Any) -> None:
+        if self._composite is None or self._composite[0] is not module:
+            return
+        _, operation = self._composite
+        self._composite = None
+        with torch._C.DisableTorchFunction():
+            operation.output = next((self._key(t) for t in tensors_in(output)), 0)
+        for saved in self.saved:
+            if saved.operation is operation and saved.storage == operation.input:
+                saved.role = IN
 
 
 ATTENTION = ("scaled_dot_product_attention", "multi_head_attention_forward")

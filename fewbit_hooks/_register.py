@@ -34,11 +34,11 @@ def register(
 
     >>> import torch, fewbit_hooks as fewbit
     >>> @fewbit.register
-    ... def quick_gelu(x, slope=1.702):
+    ... def swish(x, slope=1.5):
     ...     return x * torch.sigmoid(slope * x)
     >>> x = torch.randn(256, 256, requires_grad=True)
     >>> with fewbit.scope(bits=3) as memory:
-    ...     y = quick_gelu(x)
+    ...     y = swish(x)
     >>> memory.report().stored_bytes == 256 * 256 * 3 // 8
     True
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from . import _modules
 from ._errors import FewbitError
-from ._ledger import HELD, Ledger
+from ._ledger import CODES, HELD, OUTPUT, RECOMPUTED, Ledger
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class ReportRow:
         stored_bytes: codes.
         freed_bytes: original storages that are gone.
         reason: why it was kept, or why not all of it was freed.
-        beside_output: the derivative is taken from the output, which somebody else keeps, and from those bits.
+        how: what backward is served from: "codes"; "output", which somebody else keeps, and at most a bit; "recomputed"
+            from what is kept anyway; "kept".
     """
 
     activation: str
@@ -36,7 +37,12 @@ class ReportRow:
     stored_bytes: int
     freed_bytes: int
     reason: str
-    beside_output: bool = False
+    how: str = CODES
+
+    @property
+    def beside_output(self) -> bool:
+        """The derivative is taken from the output, which somebody else keeps, and from `bits` bits an element."""
+        return self.how == OUTPUT
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ class Report:
         rows = []
         for row in ledger.rows():
             reason = row.reason
-            if row.bits is not None and row.freed_bytes < row.original_bytes:
+            if row.how in (CODES, OUTPUT) and row.freed_bytes < row.original_bytes:
                 reason = HELD
             rows.append(
                 ReportRow(
@@ -100,7 +106,7 @@ class Report:
                     row.stored_bytes,
                     row.freed_bytes,
                     reason,
-                    row.beside_output,
+                    row.how,
                 )
             )
         return cls(tuple(rows), ledger.steps)
@@ -174,7 +180,7 @@ class Report:
         merged: dict[tuple[object, ...], ReportRow] = {}
         for row in self.rows:
             module = re.sub(r"\b\d+\b", "*", row.module)
-            key = row.activation, module, row.bits, row.beside_output, row.reason
+            key = row.activation, module, row.bits, row.how, row.reason
             other = merged.get(key)
             if other is not None:
                 row = ReportRow(
@@ -186,7 +192,7 @@ class Report:
                     row.stored_bytes + other.stored_bytes,
                     row.freed_bytes + other.freed_bytes,
                     row.reason,
-                    row.beside_output,
+                    row.how,
                 )
             merged[key] = row
         return sorted(merged.values(), key=lambda row: -row.original_bytes)
@@ -197,7 +203,7 @@ class Report:
                 row.activation,
                 row.module or "-",
                 str(row.calls),
-                "kept" if row.bits is None else f"y+{row.bits}" if row.beside_output else str(row.bits),
+                _bits(row),
                 human(row.original_bytes),
                 human(row.stored_bytes),
                 human(row.freed_bytes),
@@ -210,6 +216,12 @@ class Report:
         calls = sum(row.calls for row in self.rows)
         sizes = [human(n) for n in (self.original_bytes, self.stored_bytes, self.freed_bytes)]
         return ["total", "", str(calls), "", *sizes, ""]
+
+
+def _bits(row: ReportRow) -> str:
+    if row.bits is None:
+        return "kept"
+    return {OUTPUT: f"y+{row.bits}", RECOMPUTED: "again"}.get(row.how, str(row.bits))
 
 
 _HEAD = ["activation", "module", "calls", "bits", "original", "stored", "freed", "reason"]

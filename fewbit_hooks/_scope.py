@@ -20,23 +20,21 @@ from types import TracebackType
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from . import _hooks, _masks, _policy, _stack
-from ._calls import BACKWARD, RECOGNISED, Call
+from . import _composites, _masks, _policy, _recipes, _recompute, _stack, _treatment
+from ._calls import BACKWARD, RECOGNISED
 from ._errors import FewbitError, FewbitTypeError, FewbitWarning
-from ._ledger import HELD, Ledger
+from ._ledger import Ledger
 from ._mask_calls import MaskCall
-from ._policy import Bits, Exclude, Keep
+from ._policy import Bits, Exclude
+from ._recompute import RECOMPUTE
 from ._report import Report
-from ._sites import Sites, Verdict
+from ._sites import Sites
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-_NO_BYTES = frozenset({_policy.CHECKPOINT, _policy.HOOKS, _policy.TRANSFORM, _policy.FORWARD_AD})
-"""Reasons that say that others, and not this call's node, decide what is kept."""
 
 
 class scope:
@@ -67,7 +65,9 @@ class scope:
         min_bytes: tensors smaller than this many bytes pass through. 0: none do.
         exclude: modules left alone: names as `model.named_modules()` gives them (glob patterns), classes, predicates.
         exact: only what is lossless.
-        recompute: exact recomputation of pointwise outputs. Not available in this version.
+        recompute: what is cheap to compute again from tensors that are kept anyway (activations' outputs, norms,
+            products, casts, dropped inputs) is not kept itself where a Linear, matmul, convolution or product would
+            save it, but computed again in backward, bit for bit. With `exact=True` nothing else is done.
         engine: "auto" or "hooks".
         codebooks: codebooks to use in place of the built-in ones, each for its activation and parameters, with its
             own bits.
@@ -117,12 +117,16 @@ class scope:
 
     def _enter(self, *, enabled: bool) -> _stack.Entry:
         entry = _stack.Entry(self, inert=_policy.disabled(), enabled=enabled)
+        if not entry.inert:
+            _composites.find_built_in()
         _stack.push(entry, _Mode)
         return entry
 
     def _leave(self, entry: _stack.Entry) -> None:
         _stack.remove(entry)
         _masks.look_again()
+        if not _stack.entries():
+            _recipes.forget()
         self._ledger.settle()
 
     @contextlib.contextmanager
@@ -226,9 +230,15 @@ class _Mode(TorchFunctionMode):
     ) -> Any:
         call = RECOGNISED.get(func)
         if call is None:
+            entry = self.entry
+            if entry is not None and entry.recomputes and not torch.compiler.is_compiling():
+                again = RECOMPUTE.get(func)
+                if again is not None:
+                    return _recompute.run(entry, again, func, args, kwargs)
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if call is BACKWARD:
+            _recipes.forget()
             for entry in _stack.entries():
                 entry.scope._ledger.step.begin_backward()
             return func(*args, **kwargs)
@@ -243,51 +253,4 @@ class _Mode(TorchFunctionMode):
             return func(*args, **kwargs)
         if isinstance(call, MaskCall):
             return _masks.run(self.entry, call, func, args, kwargs)
-        return _recognised(self.entry, call, func, args, kwargs)
-
-
-def _recognised(entry: _stack.Entry, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Make a recognised call: coded, or as it is."""
-    x = call.input(args, kwargs)
-    if not isinstance(x, Tensor):
-        return func(*args, **kwargs)
-    settings, ledger = entry.scope._settings, entry.scope._ledger
-    reason = _policy.obstacle(x, entry.hooks)
-    if reason in _NO_BYTES:
-        ledger.passed(call.name, reason, 0)
-        return func(*args, **kwargs)
-    if not x.requires_grad:
-        return func(*args, **kwargs)
-    if not reason and (nbytes := x.numel() * x.element_size()) < max(settings.min_bytes, 1):
-        ledger.passed(call.name, _policy.SMALL if nbytes else _policy.EMPTY, nbytes)
-        return func(*args, **kwargs)
-    try:
-        if reason:
-            raise Keep(reason)
-        if settings.bits is None:
-            raise Keep(_policy.MEASURE)
-        if settings.exclude and settings.exclude.here():
-            raise Keep(_policy.EXCLUDED)
-        plan = _policy.make_plan(settings, call, func, args, kwargs, x)
-        if call.one_node is not None and plan.captures(x):
-            raise Keep(_policy.CAPTURED)
-    except Keep as keep:
-        return _keep(ledger, call, str(keep), x, functools.partial(func, *args, **kwargs))
-    run = functools.partial(call.one_node or func, *args, **kwargs)
-    if call.one_node is not None:
-        return _hooks.run_as_one_node(plan, ledger, x, run)
-    # Under hooks of others nothing is learned: a checkpoint must see the same saved tensors when it runs a second time.
-    site = entry.scope._sites.find(call.name, ledger.coming_step) if entry.hooks is None else None
-    verdict = site.verdict if site is not None else Verdict.UNKNOWN
-    if verdict is Verdict.LEAVE:
-        return _keep(ledger, call, HELD, x, run)
-    use_output = verdict is Verdict.OUTPUT and not settings.exact
-    return _hooks.run_coded(plan, ledger, x, run, site, plan.inverse if use_output else None)
-
-
-def _keep(ledger: Ledger, call: Call, reason: str, x: Tensor, run: Callable[[], Any]) -> Any:
-    y = run()
-    if isinstance(y, Tensor) and y.requires_grad:
-        saves_output = call.activation is not None and call.activation.saves == "output"
-        ledger.original(ledger.row(call.name, None, reason), y if saves_output else x)
-    return y
+        return _treatment.run(self.entry, call, func, args, kwargs)

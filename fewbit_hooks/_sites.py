@@ -50,6 +50,7 @@ class Verdict(enum.Enum):
     CODES = "codes"
     LEAVE = "leave"
     OUTPUT = "output"
+    INPUT = "input"  # never learned: OUTPUT where those that keep the output can compute it again from the input
 
 
 class Site:
@@ -60,9 +61,21 @@ class Site:
         model: the outermost module around it.
         verdict: what is to be done there.
         output_changes: its output was seen to be changed in place, so that it is never relied upon.
+        output_stays: its output was seen to be kept although all that is known to keep it can compute it again.
     """
 
-    __slots__ = ("_agreed", "_code", "_found", "_step", "_training", "model", "module", "output_changes", "verdict")
+    __slots__ = (
+        "_agreed",
+        "_code",
+        "_found",
+        "_step",
+        "_training",
+        "model",
+        "module",
+        "output_changes",
+        "output_stays",
+        "verdict",
+    )
 
     def __init__(self, module: nn.Module, code: CodeType | None) -> None:
         self.module: ModuleRef = weakref.ref(module)
@@ -76,6 +89,7 @@ class Site:
         """Unknown again."""
         self.verdict = self._found = Verdict.UNKNOWN
         self._agreed = self._step = 0
+        self.output_stays = False
 
     def is_stale(self, module: nn.Module, step: int) -> bool:
         """Whether what is known was seen in another mode of the module, or long ago."""
@@ -109,18 +123,22 @@ class Watch:
         saved: the storages that its node would have kept.
         output: the storage of its output.
         held: the output itself, for its version alone.
-        relied: the derivative is taken from the output already, and its packed object holds it.
+        treated: as what the call was treated. OUTPUT: the derivative is taken from the output already, and its packed
+            object holds it. INPUT: the input is kept so that the output need not be.
     """
 
-    __slots__ = ("_version", "held", "output", "relied", "saved", "site", "thread")
+    __slots__ = ("_version", "held", "output", "saved", "site", "thread", "treated")
 
-    def __init__(self, site: Site, saved: list[StorageWeakRef], output: Tensor, *, relied: bool) -> None:
+    def __init__(
+        self, site: Site, saved: list[StorageWeakRef], output: Tensor, treated: Verdict = Verdict.UNKNOWN
+    ) -> None:
         self.site = site
         self.thread = threading.get_ident()
         self.saved = saved
         self.output = StorageWeakRef(output.untyped_storage())
-        self.relied = relied
-        self.held = output.detach() if relied or site.expected is Verdict.OUTPUT else None
+        self.treated = treated
+        relied = treated is Verdict.OUTPUT or site.expected is Verdict.OUTPUT
+        self.held = output.detach() if relied else None
         self._version = output._version
 
     def look(self, step: int) -> None:
@@ -130,8 +148,11 @@ class Watch:
                 self.site.output_changes = True
                 self.site.forget()
             self.held = None  # or our own reference would be what keeps it
-        if self.relied:
+        if self.treated is Verdict.OUTPUT:
             return  # what the packed object holds tells nothing of what others do
+        if self.treated is Verdict.INPUT:
+            self.site.output_stays |= not self.output.expired()
+            return
         if all(not storage.expired() for storage in self.saved):
             found = Verdict.LEAVE
         elif not self.output.expired() and not self.site.output_changes:

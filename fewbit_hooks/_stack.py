@@ -30,16 +30,18 @@ class Entry:
 
     Attributes:
         hooks: the innermost saved-tensor pack hook when the scope was entered: others that come later go before ours.
+        recomputes: the scope has `recompute=True`, and measures not only.
         inert: FEWBIT_DISABLE was set.
         enabled: it was `enable()` that entered.
         pushed: this entry put the mode on the thread's stack of modes.
     """
 
-    __slots__ = ("enabled", "hooks", "inert", "pushed", "scope")
+    __slots__ = ("enabled", "hooks", "inert", "pushed", "recomputes", "scope")
 
     def __init__(self, scope: scope, *, inert: bool, enabled: bool) -> None:
         self.scope = scope
         self.hooks = None if inert else innermost_hooks()
+        self.recomputes = scope._settings.recompute and scope._settings.bits is not None
         self.inert = inert
         self.enabled = enabled
         self.pushed = False
@@ -62,6 +64,12 @@ def entries() -> list[Entry]:
 def active() -> Entry | None:
     """The innermost entry of this thread that does anything."""
     return next((e for e in reversed(_thread.entries) if not e.inert), None)
+
+
+def acting() -> Entry | None:
+    """The same at the cost of a look: for what is asked at every call."""
+    mode = _thread.mode
+    return mode.entry if mode is not None else None
 
 
 def push(entry: Entry, mode_class: type[TorchFunctionMode]) -> None:

@@ -17,7 +17,7 @@ tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -56,20 +56,30 @@ def derivative_from(function: Function, saved: Sequence[Tensor], like: Tensor) -
     return slope
 
 
-def intermediates(function: Function, x: Tensor) -> float:
-    """The bytes that `function(x)` saves in storages other than that of `x`, for each byte of `x`."""
+def saves(function: Function, x: Tensor, own: Collection[Tensor] = (), *, autocast: bool = False) -> tuple[float, bool]:
+    """What `function(x)` keeps for backward.
+
+    Args:
+        own: other tensors that are kept anyway, parameters say.
+        autocast: as it is now; else without.
+
+    Returns:
+        The bytes in storages other than that of `x`, for each byte of `x`; and whether that one is kept.
+    """
     sizes: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
         sizes[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
         return t.detach()
 
-    with pristine(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with pristine(autocast=autocast), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         recorded = _recorded(x)
         y = function(recorded)  # keeps the graph, and so the storages, alive: an address is not used twice
-    sizes.pop(recorded.untyped_storage()._cdata, None)
+    for t in own:
+        sizes.pop(t.untyped_storage()._cdata, None)
+    keeps_x = sizes.pop(recorded.untyped_storage()._cdata, None) is not None
     del y
-    return sum(sizes.values()) / x.nbytes
+    return sum(sizes.values()) / x.nbytes, keeps_x
 
 
 def _recorded(x: Tensor) -> Tensor:

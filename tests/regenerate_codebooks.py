@@ -9,8 +9,8 @@ from fewbit_hooks._catalog import as_weight, compute
 from fewbit_hooks._codebook import Codebook
 
 # fmt: off
-SMOOTH = ("celu", "elu", "gelu", "hardswish", "logsigmoid", "mish", "selu", "sigmoid", "silu", "softplus", "softsign",
-          "tanh", "tanhshrink")
+SMOOTH = ("celu", "elu", "gelu", "hardswish", "logsigmoid", "mish", "quick_gelu", "selu", "sigmoid", "silu", "softplus",
+          "softsign", "tanh", "tanhshrink")
 # fmt: on
 PATH = Path(fewbit_hooks.__file__).with_name("codebooks.json")
 

@@ -82,17 +82,26 @@ def test_the_parts_are_whose_they_are(table: Table) -> None:
     assert parts("mobilenet-v2", "LoRA") == {"masks_bytes", "exact_bit_bytes"}
 
 
-def test_what_never_comes_to_be_is_the_native_ops() -> None:
-    def row(activation: str, bits: int | None, stored: int, freed: int) -> fewbit.Report:
-        from fewbit_hooks._report import ReportRow
+class GELU(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 0.5 * x * (1 + torch.tanh(0.7978845608 * (x + 0.044715 * x**3)))
 
-        return fewbit.Report((ReportRow(activation, "", 1, bits, freed, stored, freed, "", False),))
 
-    # 1000 elements in bfloat16: four tensors of 2000 bytes, one of which is the input
-    parts = bench_memory.contributions(row("primitive", 4, 500, 8000), 2)
-    assert (parts["native_op_bytes"], parts["codes_bytes"]) == (6000, 1500)
-    assert bench_memory.contributions(row("primitive", None, 0, 6000), 2)["native_op_bytes"] == 6000
-    assert bench_memory.contributions(row("gelu", 4, 500, 4000), 2)["native_op_bytes"] == 0  # a float32 input
+@pytest.mark.parametrize("setting", ["exact", "3 bits"])
+def test_what_never_comes_to_be_is_the_native_ops(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GELU, "forward", GELU.forward)  # given back afterwards
+    fewbit.register_module(GELU, "gelu", approximate="tanh")
+    model = nn.Sequential(nn.Linear(64, 256), GELU(), nn.Linear(256, 8).requires_grad_(False))
+    x, tensor = torch.randn(512, 64), 512 * 256 * 4
+    case = bench_memory.Case("", None, "full", torch.float32, model, {"input": x})
+    stock = case.held(model(x).sum())
+    with fewbit.scope(**bench_memory.SETTINGS[setting]) as memory:
+        loss = model(x).sum()
+    parts = bench_memory.contributions(memory.report(), case)
+    freed, codes = stock - case.held(loss), parts["codes_bytes"]
+    assert sum(parts.values()) == pytest.approx(freed, rel=0.01)
+    assert parts["native_op_bytes"] == pytest.approx(freed - codes, rel=0.001) == pytest.approx(3 * tensor, rel=0.01)
+    assert codes == (0 if setting == "exact" else tensor - tensor * 3 // 32)
 
 
 def test_lora_trains_the_adapters_and_the_head_alone() -> None:

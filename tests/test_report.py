@@ -63,7 +63,7 @@ def test_the_dict_is_plain_and_whole() -> None:
         "stored_bytes": MIB * 25 // 8,
         "freed_bytes": 0,
         "reason": HELD,
-        "beside_output": False,
+        "how": "codes",
     }
     assert content["original_bytes"] == REPORT.original_bytes
 

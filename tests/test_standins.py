@@ -152,11 +152,12 @@ def test_derivative_from_is_computed_from_the_tensors_that_it_is_handed(inplace:
     assert x.tolist() == [0.0, 0.0, 0.0]
 
 
-def test_intermediates_counts_each_storage_beside_the_inputs_once() -> None:
+def test_what_a_function_saves_is_counted_by_storage_and_the_input_apart() -> None:
     x = torch.randn(64)
-    assert _standins.intermediates(F.gelu, x) == 0
-    assert _standins.intermediates(torch.tanh, x) == 1
-    assert _standins.intermediates(lambda t: t * torch.sigmoid(t), x) == 1
+    assert _standins.saves(F.gelu, x) == (0, True)
+    assert _standins.saves(torch.tanh, x) == (1, False)
+    assert _standins.saves(lambda t: t * torch.sigmoid(t), x) == (1, True)
+    assert _standins.saves(lambda t: t * x, x, own=[x]) == (0, False)
 
 
 def test_the_stand_in_next_to_a_jump_lies_well_on_its_side() -> None:

@@ -1,0 +1,367 @@
+"""Modules that compute an activation or a norm from primitives, run as one node.
+
+NOTE [ Composites by module class ]
+
+A mode sees the primitives, not what they add up to; the module's class says it. So `cls.forward` is replaced, once, by
+a function that calls the original outside of any scope (and under torch.compile), and inside one has the original
+run as one node (`_one_node.py`). No formula is copied.
+
+1. The classes are those of `register_module`, and those of a built-in table, which are looked for among the modules
+   already imported whenever a scope is entered. Nothing is imported for it.
+2. What the user has put on an *instance* goes first: one with a `forward` of its own (accelerate's hooks, a kernel
+   from the hub) is left alone.
+3. Whether an instance's forward computes the activation that the table says is asked of it: on a grid, in float64.
+4. An instance whose forward is a single native node already (`GELUActivation`, mostly) is left to the mode.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _activations, _policy, _recompute, _stack, _treatment
+from ._activations import Activation, Parameter, pristine
+from ._calls import Call
+from ._errors import FewbitTypeError, FewbitValueError
+from ._policy import Keep
+from ._replay import Autocast
+from ._standins import saves
+
+OWN_FORWARD = "its instance has a forward of its own"
+OTHER_FUNCTION = "its forward does not compute {}"
+HAS_PARAMETERS = "it has parameters, and so is not pointwise in its input alone"
+
+Forward = Callable[..., Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Composite:
+    """A module class that is run as one node.
+
+    Attributes:
+        name: of the activation; for any other module, as reports name it.
+        forward: the class's own.
+        call: of the activation that it computes; None: it is run again, exactly, under `recompute=True`.
+        parameters: of the activation.
+    """
+
+    name: str
+    forward: Forward
+    call: Call | None
+    parameters: Mapping[str, Parameter]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was found of one instance.
+
+    Attributes:
+        reason: why it is left alone; empty where it is not.
+        extra: bytes that its primitives save beside the input and the parameters, for each byte of the input.
+        keeps_x: they save the input, too.
+    """
+
+    reason: str
+    extra: float
+    keeps_x: bool
+
+
+_lock = threading.RLock()
+_facts: weakref.WeakKeyDictionary[nn.Module, dict[Any, Facts]] = weakref.WeakKeyDictionary()
+
+
+def register_module(
+    cls: type[nn.Module], activation: str | None = None, *, name: str | None = None, **parameters: Parameter
+) -> type[nn.Module]:
+    """Have a module class that computes an activation or a norm from primitives run as one node. Also a decorator.
+
+    >>> import torch, fewbit_hooks as fewbit
+    >>> class TanhGELU(torch.nn.Module):
+    ...     def forward(self, x):
+    ...         return 0.5 * x * (1 + torch.tanh(0.7978845608 * (x + 0.044715 * x**3)))
+    >>> _ = fewbit.register_module(TanhGELU, "gelu", approximate="tanh")
+    >>> x = torch.randn(256, 256, requires_grad=True)
+    >>> with fewbit.scope(bits=3) as memory:
+    ...     y = TanhGELU()(x)
+    >>> memory.report().stored_bytes == 256 * 256 * 3 // 8
+    True
+
+    The module's own forward runs, unrecorded, so that the result is bit for bit what it was. For backward, in place of
+    all that its primitives would save, a scope keeps what it keeps of the activation: codes of the input, or, where
+    another node keeps the output, that and a bit. With `exact=True`, and for modules that are no activation, it keeps
+    the input (and parameters), and runs the forward again to differentiate it.
+
+    Args:
+        cls: its forward takes one tensor, returns a new one of the same shape, and depends on nothing but the tensor
+            and the module's own parameters: no random numbers, no buffers that it changes. Subclasses that inherit
+            that forward are included.
+        activation: one of `fewbit_hooks.activations()`; `register()` adds yours. Left out: a norm, say; it is run
+            again under `scope(recompute=True)` and left as it is otherwise.
+        name: of the latter in reports. Default: the name of the class.
+        parameters: of the activation, such as `approximate="tanh"`; PyTorch's defaults where not given.
+
+    Returns:
+        `cls`, whose `forward` was replaced by one that calls the original outside of a scope.
+
+    Raises:
+        FewbitTypeError: not a module class, or one whose forward takes something else than one tensor.
+        FewbitValueError: no such activation, or one without a codebook (exact at 1 bit), or parameters that it lacks.
+    """
+    if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
+        raise FewbitTypeError(f"register_module takes a subclass of torch.nn.Module, got {cls!r}")
+    if activation is None and parameters:
+        raise FewbitValueError(f"register_module: {sorted(parameters)[0]!r} is a parameter of which activation?")
+    if not _takes_one_tensor(cls.forward):
+        raise FewbitTypeError(
+            f"register_module: {cls.__name__}.forward must take one tensor, and further arguments only with a default"
+        )
+    found = _activations.find(activation) if activation is not None else None
+    if found is not None and found.exact:
+        raise FewbitValueError(
+            f"register_module: {activation} is exact at 1 bit; what computes it from primitives cannot be run from its "
+            "bit alone. Leave activation out: the module is then run again under scope(recompute=True)."
+        )
+    _replace_forward(cls, name or cls.__name__, found, found.check(parameters) if found is not None else {})
+    return cls
+
+
+def _takes_one_tensor(forward: Any) -> bool:
+    try:
+        _, first, *others = inspect.signature(forward).parameters.values()
+    except (ValueError, TypeError):
+        return False
+    positional = first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD)
+    return positional and all(p.default is not p.empty for p in others)
+
+
+def _replace_forward(
+    cls: type[nn.Module], name: str, activation: Activation | None, parameters: Mapping[str, Parameter]
+) -> None:
+    with _lock:
+        forward = getattr(cls.forward, "_fewbit_original", cls.forward)
+        if activation is not None:
+            name = activation.name
+        call = Call(name, activation, tuple(parameters)) if activation is not None else None
+        composite = Composite(name, forward, call, dict(parameters))
+
+        @functools.wraps(forward)
+        def run_or_leave(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return forward(self, *args, **kwargs)
+            entry = _stack.acting()
+            if entry is None or not torch.is_grad_enabled():
+                return forward(self, *args, **kwargs)
+            return _run(entry, composite, self, args, kwargs)
+
+        run_or_leave._fewbit_original = forward  # type: ignore[attr-defined]
+        run_or_leave._fewbit_composite = composite  # type: ignore[attr-defined]
+        cls.forward = run_or_leave
+
+
+def acts_as(module: nn.Module, x: Any) -> Composite | None:
+    """The activation that a scope would run `module(x)` as, in one node; None where it is left to its primitives."""
+    composite = getattr(type(module).forward, "_fewbit_composite", None)
+    if composite is None or composite.call is None or not isinstance(x, Tensor) or not x.requires_grad:
+        return None
+    facts = _look_at(composite, module, x)
+    return composite if facts.extra and not facts.reason else None
+
+
+def _run(
+    entry: _stack.Entry, composite: Composite, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """A module's forward under a scope."""
+    x = args[0] if args else next(iter(kwargs.values()), None)
+    if len(args) + len(kwargs) != 1 or not isinstance(x, Tensor) or _policy.traced():
+        return composite.forward(module, *args, **kwargs)
+    own = list(module._parameters.items())
+    run_it = functools.partial(composite.forward, module, x)
+    if composite.call is not None:
+        return _run_activation(entry, composite.call, composite, module, x, run_it)
+    settings, ledger = entry.scope._settings, entry.scope._ledger
+    if not settings.recompute or any(type(p) is not nn.Parameter for _, p in own if p is not None):
+        return run_it()
+    try:
+        if not _treatment.admits(entry, composite.name, x):
+            return run_it()
+        facts = _look_at(composite, module, x)
+        if facts.reason:
+            raise Keep(facts.reason)
+    except Keep as keep:
+        ledger.passed(composite.name, str(keep), 0)
+        return run_it()
+    if facts.extra + facts.keeps_x - 1.0 < _recompute.ONE_NODE_GAIN:
+        return run_it()
+    names = [name for name, _ in own]
+    parameters: list[Tensor] = [p for _, p in own if p is not None]
+    forward = functools.partial(_with_parameters, composite.forward, module, names)
+    return _recompute.one_node(ledger, composite.name, forward, x, parameters, facts.extra, facts.keeps_x)
+
+
+def _run_activation(
+    entry: _stack.Entry,
+    call: Call,
+    composite: Composite,
+    module: nn.Module,
+    x: Tensor,
+    run_it: functools.partial[Tensor],
+) -> Tensor:
+    settings = entry.scope._settings
+    assert call.activation is not None
+    try:
+        if not _treatment.admits(entry, call.name, x):
+            return run_it()
+        facts = _look_at(composite, module, x)
+        if not facts.extra and not facts.reason:
+            return run_it()  # a native node, which the mode sees
+        if facts.reason:
+            raise Keep(facts.reason)
+        never_kept = int(facts.extra * x.nbytes)
+        forward = functools.partial(composite.forward, module)
+        if settings.exact:
+            if settings.bits_for(call.name, x, exact=False) is None:
+                raise Keep(f"no bits are given for {call.name}")
+            return _treatment.again(entry, call.name, forward, x, never_kept)
+        function = call.activation.function
+        plan = _policy.make_plan(settings, call, function, (x,), dict(composite.parameters), x)
+    except Keep as keep:
+        result: Tensor = _treatment.leave(entry, call, str(keep), x, run_it)
+        return result
+    return _treatment.as_one_node(entry, plan, x, run_it, forward, never_kept)
+
+
+def _with_parameters(forward: Forward, module: nn.Module, names: list[str], x: Tensor, *parameters: Tensor) -> Tensor:
+    """The forward of `module` with these parameters in the place of its own."""
+    shadow = copy.copy(module)
+    given = iter(parameters)
+    present = [name for name in names if module._parameters[name] is not None]
+    shadow.__dict__["_parameters"] = {**module._parameters, **dict(zip(present, given, strict=True))}
+    return forward(shadow, x)
+
+
+def _look_at(composite: Composite, module: nn.Module, x: Tensor) -> Facts:
+    """Ask an instance, once for each dtype and state, what it computes and saves."""
+    trainable = tuple(p.requires_grad for p in module._parameters.values() if p is not None)
+    key = x.dtype, x.device, x.requires_grad, trainable, Autocast.of(x.device.type)
+    known = _facts.setdefault(module, {})
+    if key not in known:
+        known[key] = Facts(_reason_to_leave(composite, module), *_saves(composite, module, x))
+    return known[key]
+
+
+def _reason_to_leave(composite: Composite, module: nn.Module) -> str:
+    if "forward" in module.__dict__:
+        return OWN_FORWARD
+    if module._modules and any(p is not None for m in module._modules.values() if m for p in m.parameters()):
+        return HAS_PARAMETERS
+    if composite.call is None:
+        return ""
+    if any(p is not None for p in module._parameters.values()):
+        return HAS_PARAMETERS
+    assert composite.call.activation is not None
+    with pristine(), torch.no_grad():
+        grid = torch.linspace(-8, 8, 65, dtype=torch.float64, device="cpu")
+        expected = composite.call.activation.function(grid, **composite.parameters)
+        found = composite.forward(module, grid.clone())
+    # FastGELU's constant has ten digits
+    same = isinstance(found, Tensor) and found.shape == grid.shape and torch.allclose(found.double(), expected, 0, 1e-6)
+    return "" if same else OTHER_FUNCTION.format(composite.name)
+
+
+def _saves(composite: Composite, module: nn.Module, x: Tensor) -> tuple[float, bool]:
+    shape = _recompute.probe_shape(x) if composite.call is None else (8,)
+    probe = torch.zeros(shape, dtype=x.dtype, device=x.device)
+    own = [*module.parameters(), *module.buffers()]
+    return saves(functools.partial(composite.forward, module), probe, own, autocast=True)
+
+
+# The built-in table: activations by the module that defines them, and norms, which each model of transformers defines
+# anew, by the end of their names.
+
+_ACTIVATIONS: dict[str, dict[str, tuple[str, dict[str, Parameter]]]] = {
+    "transformers.activations": {
+        "AccurateGELUActivation": ("gelu", {"approximate": "tanh"}),
+        "FastGELUActivation": ("gelu", {"approximate": "tanh"}),
+        "GELUActivation": ("gelu", {}),
+        "GELUTanh": ("gelu", {"approximate": "tanh"}),
+        "MishActivation": ("mish", {}),
+        "NewGELUActivation": ("gelu", {"approximate": "tanh"}),
+        "QuickGELUActivation": ("quick_gelu", {}),
+    },
+    "timm.layers.activations": {"QuickGELU": ("quick_gelu", {})},
+}
+_NORMS: dict[str, tuple[str, ...]] = {
+    "transformers.models.": (
+        "RMSNorm",
+        # those of T5's kind
+        *(f"{model}LayerNorm" for model in ("T5", "LongT5", "SwitchTransformers", "Pix2Struct", "Pop2Piano", "Udop")),
+    ),
+    "timm.layers.norm": ("RmsNorm", "RmsNorm2d", "SimpleNorm", "SimpleNorm2d"),
+}
+
+
+def built_in() -> dict[str, list[str]]:
+    """The built-in table, for the docs: what it is run as, and the classes."""
+    table: dict[str, list[str]] = {}
+    for module, classes in _ACTIVATIONS.items():
+        for cls, (name, parameters) in classes.items():
+            title = name + "".join(f" ({value})" for value in parameters.values())
+            table.setdefault(title, []).append(f"{module}.{cls}")
+    table["rms_norm"] = [f"{start}*{ending}" for start, endings in _NORMS.items() for ending in endings]
+    return table
+
+
+_searched: set[str] = set()
+_modules_seen = 0
+
+
+def find_built_in() -> None:
+    """Replace the forward of the table's classes in what has been imported since the last time."""
+    global _modules_seen
+    if len(sys.modules) == _modules_seen:
+        return
+    with _lock:
+        _modules_seen = len(sys.modules)
+        for name, module in list(sys.modules.items()):
+            if name in _searched or not name.startswith(("transformers.", "timm.")):
+                continue
+            if getattr(getattr(module, "__spec__", None), "_initializing", False):
+                _modules_seen = 0  # half imported, on another thread or around us: look again
+                continue
+            _searched.add(name)
+            for cls, activation, parameters in _classes(name, vars(module)):
+                found = _activations.find(activation) if activation else None
+                _replace_forward(cls, "rms_norm", found, found.check(parameters) if found else {})
+
+
+def _classes(
+    name: str, content: Mapping[str, Any]
+) -> Iterator[tuple[type[nn.Module], str | None, dict[str, Parameter]]]:
+    for class_name, (activation, parameters) in _ACTIVATIONS.get(name, {}).items():
+        cls = content.get(class_name)
+        if inspect.isclass(cls) and issubclass(cls, nn.Module) and not hasattr(cls.forward, "_fewbit_original"):
+            yield cls, activation, parameters
+    endings = next((endings for start, endings in _NORMS.items() if name.startswith(start)), ())
+    if not endings or (name.startswith("transformers.") and ".modeling_" not in name):
+        return
+    for cls in list(content.values()):
+        if (
+            inspect.isclass(cls)
+            and issubclass(cls, nn.Module)
+            and cls.__module__ == name
+            and cls.__name__.endswith(endings)
+            and "forward" in vars(cls)
+            and not hasattr(cls.forward, "_fewbit_original")
+            and len(inspect.signature(cls.forward).parameters) == 2
+        ):
+            yield cls, None, {}

@@ -1,0 +1,302 @@
+"""Recipes: what is cheap to compute again from tensors that are kept anyway is not kept itself.
+
+NOTE [ Recipes ]
+
+What a Linear saves of its input is often the result of cheap pointwise work on a tensor that another node keeps: the
+activation's output, whose input the activation's node keeps; a norm's output; the product of a gated unit. Such a
+tensor is replaced by a *recipe*: what to run again, and on which kept tensors.
+
+1. An *origin* says how a tensor came to be. It is noted when the tensor is made, by its storage, so that views are
+   known too, and holds no tensor: only weak references, versions, and the origins of its own sources.
+2. An *anchor* is a tensor that a node of the graph is known to keep, because it always does (layer_norm its input), or
+   because a hook of ours was just handed it. It is held weakly.
+3. A recipe is made when a node saves a tensor whose origin leads, in at most `DEPTH` steps, to anchors alone. So a
+   recipe keeps nothing alive that autograd would not keep without it, and what it replaces is gone.
+4. The sources are held detached, with their versions, which are checked before they are used: as autograd would do.
+5. What is computed for one of several consumers (query, key and value) is held until the last of them has had it, or
+   the backward is over.
+
+Origins and anchors are the thread's, and dropped when its last scope is left, and when a backward begins.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ._errors import FewbitError, FewbitRuntimeError
+from ._hooks import Kept
+from ._replay import Autocast, replay
+
+DEPTH = 8
+"""Steps from a recipe to what is kept. LoRA's chain of norm, cast and dropout has three."""
+KNOWN = 4096
+"""Origins and anchors noted before those of tensors that are gone are dropped."""
+
+Run = Callable[..., Tensor]
+
+
+class Geometry:
+    """Where a tensor lies in its storage."""
+
+    __slots__ = ("dtype", "offset", "size", "stride")
+
+    def __init__(self, t: Tensor) -> None:
+        self.size, self.stride, self.offset, self.dtype = t.size(), t.stride(), t.storage_offset(), t.dtype
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Geometry) and (self.size, self.stride, self.offset, self.dtype) == (
+            other.size,
+            other.stride,
+            other.offset,
+            other.dtype,
+        )
+
+    def of(self, t: Tensor) -> Tensor:
+        """The tensor that lies so in the storage of `t`."""
+        return t if Geometry(t) == self else t.as_strided(self.size, self.stride, self.offset)
+
+
+class Part(Protocol):
+    """Something that a recipe is made of."""
+
+    def value(self) -> Tensor:
+        """The tensor; computed, where it must be."""
+
+
+class Leaf:
+    """A kept tensor, and its version."""
+
+    __slots__ = ("_tensor", "_version")
+
+    def __init__(self, tensor: Tensor, version: int) -> None:
+        self._tensor = tensor.detach()
+        self._version = version
+
+    def value(self) -> Tensor:
+        """The tensor, unless it has been changed."""
+        if self._tensor._version != self._version:
+            raise FewbitRuntimeError(
+                f"a tensor of shape {list(self._tensor.shape)}, from which others are computed again for backward, has "
+                f"been modified by an inplace operation: it is at version {self._tensor._version}, expected "
+                f"{self._version}. Replace the inplace operation by its out-of-place form, or run the module under "
+                "`with fewbit_hooks.scope(bits=None):`."
+            )
+        return self._tensor
+
+
+class Recipe:
+    """What to run again, and on what. `value()` may be called on any thread, and again."""
+
+    __slots__ = (
+        "__weakref__",
+        "_autocast",
+        "_geometry",
+        "_left",
+        "_lock",
+        "_parts",
+        "_result",
+        "_run",
+        "_stream",
+        "_users",
+    )
+
+    def __init__(self, run: Run, parts: Sequence[Part], autocast: Autocast, geometry: Geometry) -> None:
+        self._run = run
+        self._parts = parts
+        self._autocast = autocast
+        self._geometry = geometry
+        self._lock = threading.RLock()
+        self._users = self._left = 0
+        self._result: Tensor | None = None
+        self._stream: Any = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the value."""
+        return self._geometry.dtype
+
+    def add_user(self) -> None:
+        """One more that will ask for the value."""
+        self._users += 1
+        self._left = self._users
+
+    def value(self) -> Tensor:
+        """What the forward computed, bit for bit."""
+        with self._lock:
+            result = self._result
+            if result is None or self._stream != _stream_of(result):
+                parts = [part.value() for part in self._parts]
+                with replay(self._autocast):
+                    result = self._run(*parts)
+                if Geometry(result) != self._geometry:
+                    raise FewbitError(
+                        f"what was computed again has strides {result.stride()}, it had {self._geometry.stride}. "
+                        "Please report this; scope(recompute=False) does without."
+                    )
+            if self._users > 1 and torch._C._current_graph_task_id() != -1:
+                self._hold(result)
+            return result
+
+    def _hold(self, result: Tensor) -> None:
+        """One user of several has had it: hold it for the others, until the backward is over at the latest."""
+        self._left -= 1
+        if self._left <= 0:
+            self._forget()
+        elif self._result is None:
+            torch.autograd.Variable._execution_engine.queue_callback(self._forget)
+            self._result, self._stream = result, _stream_of(result)
+
+    def _forget(self) -> None:
+        with self._lock:
+            self._result, self._left = None, self._users
+
+
+def _stream_of(t: Tensor) -> Any:
+    """What work on `t` is ordered by now."""
+    return torch.cuda.current_stream(t.device) if t.is_cuda else None
+
+
+class Source:
+    """A tensor that another was computed from; held by what is its own, not by its content."""
+
+    __slots__ = ("_geometry", "_own", "_storage", "_version", "origin")
+
+    def __init__(self, t: Tensor) -> None:
+        self._geometry = Geometry(t)
+        self._storage: int = t.untyped_storage()._cdata
+        self._version: int = t._version
+        self._own = weakref.ref(t) if isinstance(t, torch.nn.Parameter) else None
+        self.origin = find(t)
+
+    def part(self, depth: int) -> Part | None:
+        """An anchor, or else a recipe; None where there is neither."""
+        kept: Any = self._own() if self._own is not None else _known.anchor(self._storage)
+        if kept is not None and kept.dtype == self._geometry.dtype and kept._version == self._version:
+            return Leaf(self._geometry.of(kept.detach()), self._version)
+        return self.origin.recipe(depth) if self.origin is not None else None
+
+
+class Origin:
+    """How a tensor came to be.
+
+    Args:
+        y: the tensor.
+        run: `run(*sources)` computes it again, in the same layout.
+        sources: the tensors that it was computed from.
+        others: further parts, weakly held: a dropout's mask.
+    """
+
+    __slots__ = ("_autocast", "_geometry", "_others", "_recipe", "_run", "_sources", "_storage", "version")
+
+    def __init__(self, y: Tensor, run: Run, sources: Sequence[Tensor], others: Sequence[Any] = ()) -> None:
+        self._geometry = Geometry(y)
+        self._storage = StorageWeakRef(y.untyped_storage())  # as long as it is held its address names no other
+        self.version: int = y._version
+        self._run = run
+        self._sources = [Source(t) for t in sources]
+        self._others = [weakref.ref(other) for other in others]
+        self._autocast = Autocast.of(y.device.type)
+        self._recipe: weakref.ref[Recipe] | None = None
+
+    @property
+    def gone(self) -> bool:
+        """The tensor's storage is freed."""
+        return bool(self._storage.expired())
+
+    @property
+    def geometry(self) -> Geometry:
+        """Where the tensor lies in its storage."""
+        return self._geometry
+
+    def recipe(self, depth: int = DEPTH) -> Recipe | None:
+        """The recipe, shared by all who ask; None where it leads to something that is not kept."""
+        recipe = self._recipe() if self._recipe is not None else None
+        if recipe is None and depth > 0:
+            parts: list[Part | None] = [source.part(depth - 1) for source in self._sources]
+            parts += [_Other(kept) if (kept := ref()) is not None else None for ref in self._others]
+            if any(part is None for part in parts):
+                return None
+            recipe = Recipe(self._run, [p for p in parts if p is not None], self._autocast, self._geometry)
+            for part in parts:
+                if isinstance(part, Recipe):
+                    part.add_user()
+            self._recipe = weakref.ref(recipe)
+        return recipe
+
+
+class _Other:
+    """What a hook of ours packed, as a part."""
+
+    __slots__ = ("_packed",)
+
+    def __init__(self, packed: Any) -> None:
+        self._packed = packed
+
+    def value(self) -> Tensor:
+        value: Tensor = self._packed.unpack()
+        return value
+
+
+class _Known(threading.local):
+    """The origins and anchors of a thread, by the address of the storage."""
+
+    def __init__(self) -> None:
+        self.origins: dict[int, Origin] = {}
+        self.anchors: dict[int, weakref.ref[Any]] = {}
+        self.purge_at = KNOWN
+
+    def anchor(self, storage: int) -> Tensor | None:
+        ref = self.anchors.get(storage)
+        kept = ref() if ref is not None else None
+        if isinstance(kept, Kept):
+            kept = kept.tensor
+        if kept is None or kept.untyped_storage()._cdata != storage:  # the address may name another storage by now
+            return None
+        return kept
+
+    def purge(self) -> None:
+        if len(self.origins) + len(self.anchors) >= self.purge_at:
+            self.origins = {key: origin for key, origin in self.origins.items() if not origin.gone}
+            self.anchors = {key: ref for key, ref in self.anchors.items() if ref() is not None}
+            self.purge_at = max(KNOWN, 2 * (len(self.origins) + len(self.anchors)))
+
+
+_known = _Known()
+
+
+def note(y: Tensor, run: Run, sources: Sequence[Tensor], others: Sequence[Any] = ()) -> None:
+    """`y` was computed from these; it must lie in a storage of its own."""
+    key = y.untyped_storage()._cdata
+    if all(t.untyped_storage()._cdata != key for t in sources):
+        _known.origins[key] = Origin(y, run, sources, others)
+        _known.purge()
+
+
+def anchor(t: Tensor, keeper: Any = None) -> None:
+    """A node keeps `t`, by itself or in the `Kept` that it was given."""
+    _known.anchors[t.untyped_storage()._cdata] = weakref.ref(keeper if keeper is not None else t)
+    _known.purge()
+
+
+def is_anchor(t: Tensor) -> bool:
+    """Whether a node is known to keep the storage of `t`."""
+    return _known.anchor(t.untyped_storage()._cdata) is not None
+
+
+def find(t: Tensor) -> Origin | None:
+    """How `t`, or what it is a view of, came to be; None where that is not known, or it was changed since."""
+    origin = _known.origins.get(t.untyped_storage()._cdata)
+    return origin if origin is not None and t._version == origin.version else None
+
+
+def forget() -> None:
+    """Drop the thread's origins and anchors."""
+    _known.origins.clear()
+    _known.anchors.clear()

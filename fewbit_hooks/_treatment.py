@@ -1,0 +1,139 @@
+"""What is done with a recognised call: coded, run again in backward, or left as it is, and why."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from . import _hooks, _one_node, _policy, _recipes, _recompute
+from ._calls import Call
+from ._ledger import HELD, Ledger
+from ._plan import Plan
+from ._policy import Keep
+from ._sites import Site, Verdict, Watch
+from ._stack import Entry
+
+NO_BYTES = frozenset({_policy.CHECKPOINT, _policy.HOOKS, _policy.TRANSFORM, _policy.FORWARD_AD})
+"""Reasons that say that others, and not this call's node, decide what is kept."""
+
+SOURCE = "its output is computed again from it"
+
+
+def run(entry: Entry, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make a call of a recognised activation."""
+    x = call.input(args, kwargs)
+    if not isinstance(x, Tensor):
+        return func(*args, **kwargs)
+    run_it = functools.partial(call.one_node or func, *args, **kwargs)
+    try:
+        if not admits(entry, call.name, x):
+            return run_it()
+        plan = _policy.make_plan(entry.scope._settings, call, func, args, kwargs, x)
+        if call.one_node is not None and plan.captures(x):
+            raise Keep(_policy.CAPTURED)
+    except Keep as keep:
+        return leave(entry, call, str(keep), x, run_it)
+    if call.one_node is not None:
+        return as_one_node(entry, plan, x, run_it, call.one_node, plan.intermediates(x))
+    return _as_it_is(entry, call, plan, x, run_it)
+
+
+def admits(entry: Entry, name: str, x: Tensor) -> bool:
+    """Whether a call with this input is worth a second look; counts those that are not.
+
+    Raises:
+        Keep: it is, and it is kept.
+    """
+    settings, ledger = entry.scope._settings, entry.scope._ledger
+    reason = _policy.obstacle(x, entry.hooks)
+    if reason in NO_BYTES:
+        ledger.passed(name, reason, 0)
+        return False
+    if not x.requires_grad:
+        return False
+    if reason:
+        raise Keep(reason)
+    if (nbytes := x.numel() * x.element_size()) < max(settings.min_bytes, 1):
+        ledger.passed(name, _policy.SMALL if nbytes else _policy.EMPTY, nbytes)
+        return False
+    if settings.bits is None:
+        raise Keep(_policy.MEASURE)
+    if settings.exclude and settings.exclude.here():
+        raise Keep(_policy.EXCLUDED)
+    return True
+
+
+def leave(entry: Entry, call: Call, reason: str, x: Tensor, run_it: functools.partial[Any]) -> Any:
+    """Make the call as it is, and count what its node keeps."""
+    y = run_it()
+    if isinstance(y, Tensor) and y.requires_grad:
+        ledger = entry.scope._ledger
+        saves_output = call.activation is not None and call.activation.saves == "output"
+        ledger.original(ledger.row(call.name, None, reason), y if saves_output else x)
+        if entry.recomputes and call.activation is not None and call.activation.saves == "input":
+            _recompute.note_activation(run_it, x, y)
+    return y
+
+
+def again(entry: Entry, name: str, forward: Callable[..., Tensor], x: Tensor, never_kept: int) -> Tensor:
+    """Run an activation as one node that keeps its input and is run again in backward: exact."""
+    y = _one_node.run_again(name, entry.scope._ledger, forward, x, [], never_kept)
+    if entry.recomputes:
+        _recipes.anchor(x)
+        _recipes.note(y, forward, [x])
+    return y
+
+
+def as_one_node(
+    entry: Entry,
+    plan: Plan,
+    x: Tensor,
+    run_it: functools.partial[Tensor],
+    forward: Callable[..., Tensor],
+    never_kept: int,
+) -> Tensor:
+    """Run an activation that is written in primitives as one node: from codes, from its output, or again."""
+    ledger, name = entry.scope._ledger, plan.activation.name
+    site, verdict = _site(entry, name)
+    if verdict in (Verdict.LEAVE, Verdict.INPUT):
+        y = again(entry, name, forward, x, never_kept)
+        _watch_input(ledger, site, verdict, y)
+        return y
+    inverse = plan.inverse if verdict is Verdict.OUTPUT and not entry.scope._settings.exact else None
+    return _one_node.run_coded(plan, ledger, x, run_it, never_kept, site, inverse)
+
+
+def _as_it_is(entry: Entry, call: Call, plan: Plan, x: Tensor, run_it: functools.partial[Any]) -> Any:
+    """Make the call of one node with our hooks around it, or without."""
+    ledger = entry.scope._ledger
+    site, verdict = _site(entry, call.name)
+    if verdict is Verdict.INPUT and plan.codebook is None:
+        verdict = Verdict.OUTPUT  # a bit is less than the input
+    if verdict in (Verdict.LEAVE, Verdict.INPUT):
+        y = leave(entry, call, HELD if verdict is Verdict.LEAVE else SOURCE, x, run_it)
+        _watch_input(ledger, site, verdict, y)
+        return y
+    use_output = verdict is Verdict.OUTPUT and not entry.scope._settings.exact
+    return _hooks.run_coded(plan, ledger, x, run_it, site, plan.inverse if use_output else None)
+
+
+def _site(entry: Entry, name: str) -> tuple[Site | None, Verdict]:
+    """The place that the call comes from, and what is to be done there."""
+    if entry.hooks is not None:
+        # Under hooks of others nothing is learned: a checkpoint must see the same saved tensors when it runs again.
+        return None, Verdict.UNKNOWN
+    scope = entry.scope
+    site = scope._sites.find(name, scope._ledger.coming_step)
+    if site is None:
+        return None, Verdict.UNKNOWN
+    if site.verdict is Verdict.OUTPUT and scope._settings.recompute and not site.output_stays:
+        return site, Verdict.INPUT
+    return site, site.verdict
+
+
+def _watch_input(ledger: Ledger, site: Site | None, verdict: Verdict, y: Any) -> None:
+    if site is not None and verdict is Verdict.INPUT and isinstance(y, Tensor):
+        ledger.watch(Watch(site, [], y, verdict))
