@@ -31,6 +31,7 @@ class Call:
         inplace: the callable itself overwrites its input (`relu_`).
         kept: why calls of it are kept exact; empty where they are coded.
         one_node: run `function` unrecorded and save codes alone: for a user's own function, which may save anything.
+        fixed: parameters that are not the caller's to choose.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Call:
     inplace: bool = False
     kept: str = ""
     one_node: Callable[..., Tensor] | None = None
+    fixed: tuple[tuple[str, Any], ...] = ()
 
     def input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The tensor that the activation is applied to, however it was passed."""

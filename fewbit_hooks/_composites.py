@@ -23,13 +23,13 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import _activations, _policy, _recompute, _stack, _treatment
+from . import _activations, _compiled, _policy, _recompute, _stack, _treatment
 from ._activations import Activation, Parameter, pristine
 from ._calls import Call
 from ._errors import FewbitTypeError, FewbitValueError
@@ -153,11 +153,15 @@ def _replace_forward(
             name = activation.name
         call = Call(name, activation, tuple(parameters)) if activation is not None else None
         composite = Composite(name, forward, call, dict(parameters))
+        compiled = replace(call, fixed=tuple(parameters.items())) if call is not None else None
 
         @functools.wraps(forward)
         def run_or_leave(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
-                return forward(self, *args, **kwargs)
+                entry = _stack.acting()
+                if entry is None or compiled is None or kwargs:
+                    return forward(self, *args, **kwargs)
+                return _compiled.run(entry.coding, compiled, functools.partial(forward, self), args, kwargs)
             entry = _stack.acting()
             if entry is None or not torch.is_grad_enabled():
                 return forward(self, *args, **kwargs)
@@ -235,7 +239,8 @@ def _run_activation(
         function = call.activation.function
         plan = _policy.make_plan(settings, call, function, (x,), dict(composite.parameters), x)
     except Keep as keep:
-        result: Tensor = _treatment.leave(entry, call, str(keep), x, run_it)
+        with _stack.hidden():  # a tanh in it is not the user's, to be coded by itself
+            result: Tensor = _treatment.leave(entry, call, str(keep), x, run_it)
         return result
     return _treatment.as_one_node(entry, plan, x, run_it, forward, never_kept)
 

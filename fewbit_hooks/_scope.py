@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from . import _composites, _masks, _policy, _recipes, _recompute, _stack, _treatment
+from . import _compiled, _composites, _masks, _policy, _recipes, _recompute, _stack, _treatment
 from ._calls import BACKWARD, RECOGNISED
 from ._errors import FewbitError, FewbitTypeError, FewbitWarning
 from ._ledger import Ledger
@@ -202,6 +202,8 @@ class scope:
             self._warned = True  # once it has compressed something it needs no such warning any more
             return
         self._warned = True
+        if _compiled.traced and not rows:
+            return  # what compiled graphs keep is not counted
         reasons = sorted({f"{row.reason} ({row.activation})" for row in rows})
         why = "; ".join(reasons) or (
             "no recognised activation was called with an input that requires grad. Calls inside compiled or scripted "
@@ -242,8 +244,10 @@ class _Mode(TorchFunctionMode):
             for entry in _stack.entries():
                 entry.scope._ledger.step.begin_backward()
             return func(*args, **kwargs)
-        if self.entry is None or torch.compiler.is_compiling():
+        if self.entry is None:
             return func(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return _compiled.run(self.entry.coding, call, func, args, kwargs)
         if torch._C._get_tracing_state() is not None:
             # the same line with and without gradients: torch.jit.trace compares where its two runs' calls come from
             if torch.is_grad_enabled():

@@ -13,12 +13,15 @@ and the mode when no entry needs it any more, even when other modes have been pu
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ._compiled import coding
 from ._policy import innermost_hooks
 
 if TYPE_CHECKING:
@@ -30,17 +33,19 @@ class Entry:
 
     Attributes:
         hooks: the innermost saved-tensor pack hook when the scope was entered: others that come later go before ours.
+        coding: what is coded in compiled graphs; None where nothing is.
         recomputes: the scope has `recompute=True`, and measures not only.
         inert: FEWBIT_DISABLE was set.
         enabled: it was `enable()` that entered.
         pushed: this entry put the mode on the thread's stack of modes.
     """
 
-    __slots__ = ("enabled", "hooks", "inert", "pushed", "recomputes", "scope")
+    __slots__ = ("coding", "enabled", "hooks", "inert", "pushed", "recomputes", "scope")
 
     def __init__(self, scope: scope, *, inert: bool, enabled: bool) -> None:
         self.scope = scope
         self.hooks = None if inert else innermost_hooks()
+        self.coding = coding(scope._settings)
         self.recomputes = scope._settings.recompute and scope._settings.bits is not None
         self.inert = inert
         self.enabled = enabled
@@ -70,6 +75,18 @@ def acting() -> Entry | None:
     """The same at the cost of a look: for what is asked at every call."""
     mode = _thread.mode
     return mode.entry if mode is not None else None
+
+
+@contextlib.contextmanager
+def hidden() -> Iterator[None]:
+    """Recognise nothing on this thread: for the primitives of what was recognised as a whole."""
+    if _thread.mode is not None:
+        _thread.mode.entry = None
+    try:
+        yield
+    finally:
+        if _thread.mode is not None:
+            _thread.mode.entry = active()
 
 
 def push(entry: Entry, mode_class: type[TorchFunctionMode]) -> None:

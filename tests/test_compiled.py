@@ -1,0 +1,254 @@
+"""Codes in compiled graphs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import fewbit_hooks as fewbit
+from fewbit_hooks import _compiled, ops
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Dynamo's and inductor's own
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def scope(bits: Any = 3, **settings: Any) -> fewbit.scope:
+    return fewbit.scope(bits, **{"min_bytes": 0, **settings})
+
+
+def mlp(activation: nn.Module | None = None) -> nn.Sequential:
+    """With a frozen next layer: the codes are all that is left."""
+    net = nn.Sequential(nn.Linear(16, 64), activation or nn.GELU(), nn.Linear(64, 16))
+    net[2].requires_grad_(False)
+    return net
+
+
+def gradient(net: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, under: Any = None) -> Tensor:
+    net.zero_grad()
+    with under or contextlib.nullcontext():
+        y = run(x)
+    y.square().sum().backward()
+    return net[0].weight.grad.clone()
+
+
+def saved(y: Tensor) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """What the compiled graph keeps."""
+    return [(tuple(t.shape), t.dtype) for t in y.grad_fn.saved_tensors]
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).norm() <= 1e-5 * b.norm())
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["gelu", "tanh"])  # folded, too
+def test_the_codes_are_those_of_the_reference(bits: int, dtype: torch.dtype, name: str) -> None:
+    book = fewbit.codebook(name, bits)
+    boundaries = torch.tensor(book.boundaries).to(dtype)
+    x = torch.cat([torch.linspace(-9, 9, 983).to(dtype), boundaries, -boundaries, torch.tensor([torch.inf, torch.nan])])
+    codes = _compiled.encode(x, tuple(book.boundaries.tolist()), book.folded)
+    expected = ops.encode(x, bits, ops.Thresholds(book.boundaries, book.folded))
+    packed = _compiled.pack_bits(codes, bits)
+    assert packed.dtype == torch.uint8
+    assert torch.equal(packed.view(-1)[: len(expected)], expected)
+    assert torch.equal(_compiled.unpack_bits(packed, bits, len(x)), codes.to(torch.int32))
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 1023])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_packing_is_undone_at_every_length(bits: int, n: int) -> None:
+    codes = torch.randint(0, 1 << bits, (n,)).to(torch.uint8)
+    assert torch.equal(_compiled.unpack_bits(_compiled.pack_bits(codes, bits), bits, n), codes.to(torch.int32))
+
+
+@pytest.mark.parametrize("bits", [2, 6])
+def test_decoding_gives_each_code_its_level(bits: int) -> None:
+    levels = tuple(torch.randn(1 << bits).tolist())
+    codes = torch.arange(1 << bits, dtype=torch.int32)
+    assert _compiled.decode(codes, levels, torch.float32).tolist() == list(levels)
+
+
+ACTIVATIONS = [nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Mish(), nn.Tanh(), nn.Sigmoid(), nn.ELU(0.7), nn.Softplus(2.0)]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
+def test_a_compiled_gradient_is_the_one_that_the_codebook_gives(activation: nn.Module) -> None:
+    net, x = mlp(activation), torch.randn(32, 16)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    exact, coded = gradient(net, net, x), gradient(net, net, x, scope())
+    assert close(gradient(net, compiled, x, scope()), coded)
+    assert not close(coded, exact)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("bits", [1, 3, 4])
+def test_the_compiled_graph_keeps_the_codes_in_the_place_of_the_activation(backend: str, bits: int) -> None:
+    compiled, x = torch.compile(mlp(), backend=backend, fullgraph=True), torch.randn(32, 16)
+    with scope(bits):
+        y = compiled(x)
+    assert ((32 * 64 // 8, bits), torch.uint8) in saved(y)
+    assert ((32, 64), torch.float32) not in saved(y)
+    assert ((32, 64), torch.float32) in saved(compiled(x))  # outside
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_the_forward_is_that_of_the_compiled_model_without_a_scope(backend: str) -> None:
+    net, x = mlp(nn.SiLU()), torch.randn(32, 16)
+    compiled = torch.compile(net, backend=backend, fullgraph=True)
+    stock = compiled(x)
+    with scope():
+        assert torch.equal(compiled(x), stock)
+
+
+def test_scopes_with_equal_settings_share_a_graph_and_others_have_their_own() -> None:
+    net, x = mlp(), torch.randn(32, 16)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    graphs = []
+    expected = {bits: gradient(net, net, x, scope(bits)) for bits in (2, 3, None)}
+    for bits in (3, 3, {"gelu": 3}, 2, 3, 2, None, 3):
+        exact = bits is None
+        result = gradient(net, compiled, x, None if exact else scope(bits))
+        assert close(result, expected[3 if isinstance(bits, dict) else bits])
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1, 1, 2, 3, 3, 3, 4, 4]
+
+
+def test_one_scope_entered_for_every_step_does_not_recompile() -> None:
+    net, x, memory = mlp(), torch.randn(32, 16), scope()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    for _ in range(5):
+        gradient(net, compiled, x, memory)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_the_innermost_scope_decides() -> None:
+    net, x = mlp(), torch.randn(32, 16)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    with scope(2):
+        assert close(gradient(net, compiled, x, scope(4)), gradient(net, net, x, scope(4)))
+        assert close(gradient(net, compiled, x, scope(None)), gradient(net, net, x, scope(None)))
+
+
+def test_lengths_that_change_are_coded_in_one_dynamic_graph() -> None:
+    net = mlp()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True, dynamic=True)
+    for n in (32, 33, 47, 64):
+        x = torch.randn(n, 16)
+        assert close(gradient(net, compiled, x, scope()), gradient(net, net, x, scope()))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"exact": True},
+        {"bits": {"silu": 3}},
+        {"bits": lambda name, x: 3},
+        {"exclude": "*"},
+        {"codebooks": fewbit.codebook("gelu", 2)},
+        {"min_bytes": 1 << 20},
+        {"exact": True, "recompute": True},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_decided_in_a_graph_is_exact_there(settings: dict[str, Any]) -> None:
+    net, x = mlp(), torch.randn(32, 16)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    assert torch.equal(gradient(net, compiled, x, scope(**settings)), gradient(net, net, x))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda x: F.silu(x * 1, inplace=True), lambda x: torch.relu(x), lambda x: F.dropout(x, 0.0), lambda x: x.clamp(x)],
+    ids=["in place", "two-valued", "dropout", "tensor limits"],
+)
+def test_calls_that_are_left_to_the_compiler_are_exact(call: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(64, requires_grad=True)
+    (exact,) = torch.autograd.grad(call(x).sum(), x)
+    with scope():
+        y = torch.compile(call, backend="aot_eager", fullgraph=True)(x)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], exact)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16_is_coded_as_without_compilation(autocast: bool) -> None:
+    net, x = mlp(), torch.randn(32, 16)
+    if not autocast:
+        net, x = net.to(torch.bfloat16), x.to(torch.bfloat16)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        a, b = gradient(net, compiled, x, scope()), gradient(net, net, x, scope())
+    assert (a - b).norm() <= 0.01 * b.norm()
+
+
+def test_a_second_derivative_through_a_compiled_graph_is_refused() -> None:
+    net, x = mlp(), torch.randn(32, 16, requires_grad=True)
+    with scope():
+        y = torch.compile(net, backend="aot_eager", fullgraph=True)(x)
+    with pytest.raises(RuntimeError):
+        (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        g.square().sum().backward()
+
+
+def test_a_scope_around_a_compiled_model_does_not_warn_that_it_did_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    with scope():
+        torch.compile(mlp(), backend="aot_eager")(torch.randn(32, 16))
+    assert not [w for w in recwarn if issubclass(w.category, fewbit.FewbitWarning)]
+
+
+def test_no_grad_and_inputs_without_gradient_are_left_alone() -> None:
+    net, x = mlp(), torch.randn(32, 16)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    with scope(), torch.no_grad():
+        assert torch.equal(compiled(x), net(x))
+    with scope():
+        assert torch.compile(F.gelu, backend="aot_eager", fullgraph=True)(x).grad_fn is None
+
+
+class TanhGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x * (1 + torch.tanh(0.7978845608 * (x + 0.044715 * x**3)))
+
+
+fewbit.register_module(TanhGELU, "gelu", approximate="tanh")
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_composite_is_coded_as_a_whole(backend: str) -> None:
+    net, x = mlp(TanhGELU()), torch.randn(32, 16)
+    compiled = torch.compile(net, backend=backend, fullgraph=True)
+    assert close(gradient(net, compiled, x, scope()), gradient(net, net, x, scope()))
+    assert close(gradient(net, compiled, x), gradient(net, net, x))
+    assert close(gradient(net, compiled, x, scope(exact=True)), gradient(net, net, x))
+    with scope():
+        y = compiled(x)
+    assert ((32 * 64 // 8, 3), torch.uint8) in saved(y)
+
+
+def test_checkpoint_inside_a_compiled_function_is_correct() -> None:
+    net, x = mlp(), torch.randn(32, 16)
+
+    def run(h: Tensor) -> Tensor:
+        y: Tensor = torch.utils.checkpoint.checkpoint(net, h, use_reentrant=False)
+        return y
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    result = gradient(net, compiled, x, scope())
+    assert close(result, gradient(net, net, x)) or close(result, gradient(net, net, x, scope()))
