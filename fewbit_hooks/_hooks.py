@@ -181,7 +181,7 @@ class PackHook:
             reason = self._reason_to_keep(t)
             self._keep = bool(reason)
             bits = None if reason else self._bits
-            self._row = self._ledger.row(name, bits, reason, beside_output=self._inverse is not None)
+            self._row = self._ledger.row(name, bits, reason, beside_output=self._inverse is not None, site=self._site)
         self._ledger.original(self._row, t)
         if self._keep:
             return Kept(t, name)

@@ -54,9 +54,11 @@ returned by then, and let go of its masks."""
 def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Make a call that saves a mask: packed, or as it is."""
     given = call.given(args, kwargs)
+    if call.draws_nothing(given):
+        return func(*args, **kwargs)
     tensors = [value for value in given.values() if isinstance(value, Tensor)]
     x = next((t for t in tensors if t.requires_grad), None)
-    if x is None or call.draws_nothing(given):
+    if x is None:
         return func(*args, **kwargs)
     settings, ledger = entry.scope._settings, entry.scope._ledger
     # a parameter may well have a mask; a subclass among the arguments decides what is saved
