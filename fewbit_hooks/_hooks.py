@@ -24,7 +24,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import ops
 from ._errors import FewbitError, FewbitRuntimeError
-from ._inverse import Inverse
+from ._inverse import Inverse, Itself
 from ._ledger import Ledger, Row, Step
 from ._plan import Plan
 from ._sites import Site, Watch
@@ -59,7 +59,7 @@ class Beside:
     __slots__ = ("inverse", "k", "layout", "name", "output", "packed", "step", "version")
 
     def __init__(
-        self, packed: Tensor | None, inverse: Inverse, k: int, layout: ops.Layout, name: str, step: Step
+        self, packed: Tensor | None, inverse: Inverse | Itself, k: int, layout: ops.Layout, name: str, step: Step
     ) -> None:
         self.packed = packed
         self.inverse = inverse
@@ -81,10 +81,8 @@ class Beside:
                 "from the output, which another node was seen to keep. From the next step on it is not; for this one, "
                 "replace the inplace operation, or run the module under `with fewbit_hooks.scope(bits=None):`."
             )
-        table = self.inverse.table(self.k, self.output.dtype, self.layout.dtype, self.layout.device)
-        assert table is not None
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            return ops.decode_beside(self.output, self.packed, table, self.layout)
+            return self.inverse.standins(self.k, self.output, self.packed, self.layout)
 
 
 class Kept:
@@ -151,7 +149,9 @@ class PackHook:
         "_x",
     )
 
-    def __init__(self, plan: Plan, x: Tensor, ledger: Ledger, site: Site | None, inverse: Inverse | None) -> None:
+    def __init__(
+        self, plan: Plan, x: Tensor, ledger: Ledger, site: Site | None, inverse: Inverse | Itself | None
+    ) -> None:
         self._plan = plan
         self._x = x
         self._ledger = ledger
@@ -217,14 +217,14 @@ class PackHook:
     def _encode(self, t: Tensor) -> Tensor | None:
         if not self._bits:
             return None
-        coder = self._plan.coder(t.dtype, t.device) if self._inverse is None else self._inverse.side
+        coder = self._inverse.side if isinstance(self._inverse, Inverse) else self._plan.coder(t.dtype, t.device)
         with torch._C.DisableTorchFunction():
             return ops.encode(t, self._bits, coder)
 
     def _reason_to_keep(self, t: Tensor) -> str:
         if ops.packed_bytes(t.numel(), self._bits) >= t.untyped_storage().nbytes():
             return NO_GAIN
-        if self._plan.activation.nan_by_position and not t.is_cuda and ops.has_nan(t):
+        if self._inverse is None and self._plan.activation.nan_by_position and not t.is_cuda and ops.has_nan(t):
             return NAN
         return ""
 
@@ -235,7 +235,7 @@ def run_coded(
     x: Tensor,
     run: Callable[[], Any],
     site: Site | None = None,
-    inverse: Inverse | None = None,
+    inverse: Inverse | Itself | None = None,
 ) -> Any:
     """Make a recognised call with our hooks around it; see `PackHook`."""
     pack = PackHook(plan, x, ledger, site, inverse)

@@ -17,7 +17,7 @@ from . import ops
 from ._activations import Activation, Parameter, pristine
 from ._codebook import Codebook
 from ._errors import FewbitError
-from ._inverse import Inverse, find_inverse
+from ._inverse import Inverse, Itself, find_inverse, serves_itself
 from ._standins import Function, all_values, derivative_from, intermediates, saved_by, standins, standins_16bit
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
@@ -55,6 +55,7 @@ class Plan:
         self._intermediates: float | None = None
         self._inverse: Inverse | None = None
         self._inverse_sought = False
+        self._serves_itself: dict[tuple[torch.dtype, torch.device], bool] = {}
         self._thresholds = ops.Thresholds(codebook.boundaries, codebook.folded) if codebook else None
 
     def coder(self, dtype: torch.dtype, device: torch.device) -> Coder:
@@ -83,13 +84,26 @@ class Plan:
             )
         return saved[k]
 
-    @property
-    def inverse(self) -> Inverse | None:
-        """How to have the derivative from the output; None for two-valued activations, and where it cannot be had."""
-        if not self._inverse_sought and self.codebook is not None:
+    def inverse(self, x: Tensor) -> Inverse | Itself | None:
+        """How to have the derivative of an input like `x` from the output; None where it cannot be had."""
+        if self.codebook is None:
+            return Itself() if self._output_serves(x) else None
+        if not self._inverse_sought:
             self._inverse = find_inverse(self._function, self._derivative)
         self._inverse_sought = True
         return self._inverse
+
+    def _output_serves(self, x: Tensor) -> bool:
+        if ops.Layout.of(x).stride != x.stride():
+            return False  # the output lies in memory in another way, and which NaN counts depends on the position
+        key = x.dtype, x.device
+        if key not in self._serves_itself:
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+                return False  # the answer makes the host wait for the device: another time
+            # how a kernel rounds its limits differs from kernel to kernel: ask the device's own
+            values = self._telling_values(x.dtype).to(x.device)
+            self._serves_itself[key] = serves_itself(self._function, values)
+        return self._serves_itself[key]
 
     def level_rows(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The decoding table of the derivative itself, for a call that is run as one node."""

@@ -30,7 +30,7 @@ from ._ledger import HELD, Ledger
 from ._mask_calls import MaskCall
 from ._policy import Bits, Exclude, Keep
 from ._report import Report
-from ._sites import Sites, Verdict
+from ._sites import Site, Sites, Verdict
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -280,14 +280,14 @@ def _recognised(entry: _stack.Entry, call: Call, func: Any, args: tuple[Any, ...
     site = entry.scope._sites.find(call.name, ledger.coming_step) if entry.hooks is None else None
     verdict = site.verdict if site is not None else Verdict.UNKNOWN
     if verdict is Verdict.LEAVE:
-        return _keep(ledger, call, HELD, x, run)
-    use_output = verdict is Verdict.OUTPUT and not settings.exact
-    return _hooks.run_coded(plan, ledger, x, run, site, plan.inverse if use_output else None)
+        return _keep(ledger, call, HELD, x, run, site)
+    inverse = plan.inverse(x) if verdict is Verdict.OUTPUT else None
+    return _hooks.run_coded(plan, ledger, x, run, site, inverse)
 
 
-def _keep(ledger: Ledger, call: Call, reason: str, x: Tensor, run: Callable[[], Any]) -> Any:
+def _keep(ledger: Ledger, call: Call, reason: str, x: Tensor, run: Callable[[], Any], site: Site | None = None) -> Any:
     y = run()
     if isinstance(y, Tensor) and y.requires_grad:
         saves_output = call.activation is not None and call.activation.saves == "output"
-        ledger.original(ledger.row(call.name, None, reason), y if saves_output else x)
+        ledger.original(ledger.row(call.name, None, reason, site=site), y if saves_output else x)
     return y
