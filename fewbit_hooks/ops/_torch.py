@@ -15,6 +15,7 @@ makes the host wait for the device.
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -152,7 +153,7 @@ def decode(packed: Tensor, rows: Tensor, bits: int, layout: Layout) -> Tensor:
 def has_nan(x: Tensor) -> bool:
     """Whether any element is NaN. The answer makes the host wait for the device."""
     # amax lets NaN through: (measured) 0.03 to 0.09 ns an element, x.isnan().any() 0.4 to 0.7
-    return any(bool(chunk.amax().isnan()) for _, chunk in chunks(x.detach()))
+    return any(math.isnan(chunk.amax().item()) for _, chunk in chunks(x.detach()))
 
 
 def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
