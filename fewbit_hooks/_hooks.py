@@ -25,13 +25,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import ops
 from ._errors import FewbitError, FewbitRuntimeError
-from ._inverse import Inverse
+from ._inverse import Inverse, Itself
 from ._ledger import CODES, KEPT, OUTPUT, Ledger, Row, Step
 from ._plan import Plan
 from ._sites import Site, Verdict, Watch
 
-Table: TypeAlias = Callable[[torch.dtype, torch.dtype, torch.device], Tensor]
-"""By the dtype of the output, and the dtype and the device of what is looked up."""
+Decoder: TypeAlias = Callable[[Tensor, Tensor | None, ops.Layout], Tensor]
+"""From the output and the packed bits to a tensor of the layout."""
 
 NAN = "holds NaN, where stock's gradient depends on the position"
 NO_GAIN = "codes would be no smaller than its storage"
@@ -60,11 +60,11 @@ class Packed:
 class Beside:
     """An output that somebody else keeps, and at most one bit an element, in the place of a saved tensor."""
 
-    __slots__ = ("layout", "name", "output", "packed", "step", "table", "version")
+    __slots__ = ("decoder", "layout", "name", "output", "packed", "step", "version")
 
-    def __init__(self, packed: Tensor | None, table: Table, layout: ops.Layout, name: str, step: Step) -> None:
+    def __init__(self, packed: Tensor | None, decoder: Decoder, layout: ops.Layout, name: str, step: Step) -> None:
         self.packed = packed
-        self.table = table
+        self.decoder = decoder
         self.layout = layout
         self.name = name
         self.step = step
@@ -76,7 +76,7 @@ class Beside:
         self.output, self.version = y.detach(), y._version
 
     def unpack(self) -> Tensor:
-        """What the table has for the output and the bit: the stand-ins."""
+        """What follows from the output and the bits: the stand-ins."""
         begin_backward(self.name, self.step)
         assert self.output is not None
         if self.output._version != self.version:
@@ -86,9 +86,8 @@ class Beside:
                 "from the output, which another node was seen to keep. From the next step on it is not; for this one, "
                 "replace the inplace operation, or run the module under `with fewbit_hooks.scope(bits=None):`."
             )
-        table = self.table(self.output.dtype, self.layout.dtype, self.layout.device)
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            return ops.decode_beside(self.output, self.packed, table, self.layout)
+            return self.decoder(self.output, self.packed, self.layout)
 
 
 class Kept:
@@ -155,7 +154,9 @@ class PackHook:
         "_x",
     )
 
-    def __init__(self, plan: Plan, x: Tensor, ledger: Ledger, site: Site | None, inverse: Inverse | None) -> None:
+    def __init__(
+        self, plan: Plan, x: Tensor, ledger: Ledger, site: Site | None, inverse: Inverse | Itself | None
+    ) -> None:
         self._plan = plan
         self._x = x
         self._ledger = ledger
@@ -186,7 +187,7 @@ class PackHook:
             self._keep = bool(reason)
             bits = None if reason else self._bits
             how = KEPT if reason else CODES if self._inverse is None else OUTPUT
-            self._row = self._ledger.row(name, bits, reason, how=how)
+            self._row = self._ledger.row(name, bits, reason, how=how, site=self._site)
         self._ledger.original(self._row, t)
         if self._keep:
             return Kept(t, name)
@@ -198,7 +199,7 @@ class PackHook:
             self._ledger.stored(self._row, self._codes.nbytes)
         layout, step = ops.Layout.of(t), self._ledger.step
         if self._inverse is not None:
-            self._beside.append(Beside(self._codes, functools.partial(self._inverse.table, k), layout, name, step))
+            self._beside.append(Beside(self._codes, functools.partial(self._inverse.standins, k), layout, name, step))
             return self._beside[-1]
         assert self._codes is not None
         return Packed(self._codes, rows, plan.bits, layout, name, step)
@@ -222,14 +223,14 @@ class PackHook:
     def _encode(self, t: Tensor) -> Tensor | None:
         if not self._bits:
             return None
-        coder = self._plan.coder(t.dtype, t.device) if self._inverse is None else self._inverse.side
+        coder = self._inverse.side if isinstance(self._inverse, Inverse) else self._plan.coder(t.dtype, t.device)
         with torch._C.DisableTorchFunction():
             return ops.encode(t, self._bits, coder)
 
     def _reason_to_keep(self, t: Tensor) -> str:
         if ops.packed_bytes(t.numel(), self._bits) >= t.untyped_storage().nbytes():
             return NO_GAIN
-        if self._plan.activation.nan_by_position and not t.is_cuda and ops.has_nan(t):
+        if self._inverse is None and self._plan.activation.nan_by_position and not t.is_cuda and ops.has_nan(t):
             return NAN
         return ""
 
@@ -240,7 +241,7 @@ def run_coded(
     x: Tensor,
     run: Callable[[], Any],
     site: Site | None = None,
-    inverse: Inverse | None = None,
+    inverse: Inverse | Itself | None = None,
 ) -> Any:
     """Make a recognised call with our hooks around it; see `PackHook`."""
     pack = PackHook(plan, x, ledger, site, inverse)

@@ -12,6 +12,10 @@ bfloat16 or float16 y is that number already. A float32 or float64 y loses digit
 least: (measured, N(0, 1) inputs) the relative RMS error of f' is 0.2 % in bfloat16 and 0.03 % in the others, where the
 optimal 3-bit codebooks have 9 to 10 %. It is largest at the minimum itself, where y says little about x: there f',
 which is near 0, is off by up to sqrt(2 f''(x) dy), dy being the rounding of y: 0.04 in bfloat16, 0.01 in the others.
+
+The backward of some two-valued activations cannot tell y from x: relu6 asks whether its input lies between 0 and 6, and
+its output does so exactly where the input did. There y is handed to the node as it is: nothing is stored, nothing is
+computed, and the gradient is bit for bit stock's, NaN included, which stands in y where it stood in x.
 """
 
 from __future__ import annotations
@@ -23,8 +27,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from . import ops
 from ._activations import pristine
-from ._standins import Function, all_values, saved_by
+from ._standins import Function, all_values, derivative_from, saved_by
 
 Array = NDArray[np.float64]
 
@@ -60,6 +65,14 @@ class Inverse:
         assert self.minimum is not None
         return x > self.minimum
 
+    def standins(self, k: int, output: Tensor, packed: Tensor | None, layout: ops.Layout) -> Tensor:
+        """What to hand the node for the k-th tensor that the call saves."""
+        return ops.decode_beside(output, packed, self.table(k, output.dtype, layout.dtype, layout.device), layout)
+
+    def slope(self, output: Tensor, packed: Tensor | None, layout: ops.Layout) -> Tensor:
+        """The derivative itself, for a call that is run as one node."""
+        return ops.decode_beside(output, packed, self.slopes(output.dtype, layout.dtype, layout.device), layout)
+
     def table(self, k: int, output: torch.dtype, dtype: torch.dtype, device: torch.device) -> Tensor:
         """What to hand the node for the k-th tensor that the call saves, by output and side.
 
@@ -80,7 +93,7 @@ class Inverse:
         return table
 
     def slopes(self, output: torch.dtype, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The derivative itself by output and side, for a call that is run as one node; as `table`."""
+        """The derivative itself by output and side; as `table`."""
         key = output, dtype, device
         if key not in self._slopes:
             slopes = torch.from_numpy(self._derivative(self.inputs(_looked_up(output)).numpy()))
@@ -103,6 +116,35 @@ class Inverse:
         reached, first = np.unique(_evaluate(self._function, x), return_index=True)  # of a flat piece the first x
         solution: Array = np.interp(y, reached, x[first])
         return solution
+
+
+class Itself:
+    """The output serves as it is, in the place of the input."""
+
+    bits = 0
+
+    def standins(self, k: int, output: Tensor, packed: Tensor | None, layout: ops.Layout) -> Tensor:
+        """What to hand the node: the output, in the memory order of what it saved."""
+        return output if output.stride() == layout.stride else layout.empty().copy_(output)
+
+
+def serves_itself(function: Function, values: Tensor) -> bool:
+    """Whether backward computes the same from the output as from the input.
+
+    >>> import torch, torch.nn.functional as F
+    >>> x = torch.linspace(-8, 8, 33)
+    >>> serves_itself(F.relu6, x), serves_itself(F.hardsigmoid, x)
+    (True, False)
+
+    Args:
+        values: inputs on both sides of each jump of the derivative, and on it.
+    """
+    saved = saved_by(function, values)
+    if len(saved) != 1 or not torch.equal(saved[0].nan_to_num(), values.nan_to_num()):
+        return False  # it saves its output anyway
+    with pristine(), torch.no_grad():
+        y = function(values.clone())
+    return torch.equal(derivative_from(function, [y], values), derivative_from(function, [values], values))
 
 
 def find_inverse(function: Function, derivative: Callable[[Array], Array]) -> Inverse | None:

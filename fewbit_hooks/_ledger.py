@@ -111,13 +111,24 @@ class Ledger:
         self._lock = threading.Lock()
         self.step = Step(self._lock)
 
-    def row(self, activation: str, bits: int | None, reason: str = "", *, how: str = KEPT) -> Row:
-        """Count a call; `bits` None says that it is kept, and `reason` why."""
-        module = innermost_module()
-        ref = weakref.ref(module) if module is not None else None
+    def row(
+        self,
+        activation: str,
+        bits: int | None,
+        reason: str = "",
+        *,
+        how: str = KEPT,
+        site: _sites.Site | None = None,
+    ) -> Row:
+        """Count a call; `bits` None says that it is kept, and `reason` why. A site knows the module already."""
+        if site is not None:
+            ref: ModuleRef | None = site.module
+        else:
+            module = innermost_module()
+            ref = weakref.ref(module) if module is not None else None
         with self._lock:
             row = self._open(activation, ref, bits, reason, how)
-            if row.calls == 0 and module is not None:
+            if row.calls == 0 and ref is not None and (module := ref()) is not None:
                 row.model = weakref.ref(outermost_module() or module)
                 row.module_class = type(module).__name__
             row.calls += 1

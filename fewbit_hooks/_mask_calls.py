@@ -27,7 +27,9 @@ class MaskCall(Call):
 
     def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments by name."""
-        return {**dict(zip(self.names, args, strict=False)), **kwargs}
+        given = dict(zip(self.names, args, strict=False))
+        given.update(kwargs)
+        return given
 
     def draws_nothing(self, given: Mapping[str, Any]) -> bool:
         """This dropout does nothing (evaluation, p=0), or leaves nothing (p=1: the mask is a single 0)."""

@@ -58,9 +58,14 @@ returned by then, and let go of its masks."""
 def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Make a call that saves a mask: packed, or as it is."""
     given = call.given(args, kwargs)
+    if call.draws_nothing(given):
+        y = func(*args, **kwargs)
+        if entry.recomputes:
+            _note(call, func, given, None, None, y)
+        return y
     tensors = [value for value in given.values() if isinstance(value, Tensor)]
     x = next((t for t in tensors if t.requires_grad), None)
-    if x is None or call.draws_nothing(given):
+    if x is None:
         return func(*args, **kwargs)
     settings, ledger = entry.scope._settings, entry.scope._ledger
     # a parameter may well have a mask; a subclass among the arguments decides what is saved
@@ -94,11 +99,11 @@ def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: 
         hook.release()
 
 
-def _note(call: MaskCall, func: Any, given: dict[str, Any], x: Tensor, packed: Any, y: Any) -> None:
+def _note(call: MaskCall, func: Any, given: dict[str, Any], x: Tensor | None, packed: Any, y: Any) -> None:
     """For what is computed again: a dropout's result is its input and its mask; attention keeps what it is given."""
     if call.name == "scaled_dot_product_attention":
         _recompute.anchor_attention(given, y)
-    elif func in PLAIN_DROPOUT and packed is not None and isinstance(y, Tensor) and not given.get("inplace"):
+    elif func in PLAIN_DROPOUT and x is not None and packed is not None and not given.get("inplace"):
         _recompute.note_dropout(x, y, packed, given.get("p", 0.5))
 
 

@@ -102,7 +102,7 @@ class _Coded(torch.autograd.Function):
         else:
             row = ledger.row(name, inverse.bits, how=OUTPUT)
             codes = ops.encode(x, 1, inverse.side) if inverse.bits else None
-            ctx.beside = Beside(codes, inverse.slopes, layout, name, ledger.step)
+            ctx.beside = Beside(codes, inverse.slope, layout, name, ledger.step)
             ctx.beside.rely_on(y)
         ledger.original(row, x)
         ledger.stored(row, codes.nbytes if codes is not None else 0, never_kept=never_kept)

@@ -17,7 +17,7 @@ from . import ops
 from ._activations import Activation, Parameter, pristine
 from ._codebook import Codebook
 from ._errors import FewbitError
-from ._inverse import Inverse, find_inverse
+from ._inverse import Inverse, Itself, find_inverse, serves_itself
 from ._standins import Function, all_values, derivative_from, saved_by, saves, standins, standins_16bit
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
@@ -55,6 +55,7 @@ class Plan:
         self._intermediates: float | None = None
         self._inverse: Inverse | None = None
         self._inverse_sought = False
+        self._serves_itself: dict[tuple[torch.dtype, torch.device], bool] = {}
         self._thresholds = ops.Thresholds(codebook.boundaries, codebook.folded) if codebook else None
 
     def coder(self, dtype: torch.dtype, device: torch.device) -> Coder:
@@ -83,13 +84,26 @@ class Plan:
             )
         return saved[k]
 
-    @property
-    def inverse(self) -> Inverse | None:
-        """How to have the derivative from the output; None for two-valued activations, and where it cannot be had."""
-        if not self._inverse_sought and self.codebook is not None:
+    def inverse(self, x: Tensor) -> Inverse | Itself | None:
+        """How to have the derivative of an input like `x` from the output; None where it cannot be had."""
+        if self.codebook is None:
+            return Itself() if self._output_serves(x) else None
+        if not self._inverse_sought:
             self._inverse = find_inverse(self._function, self._derivative)
         self._inverse_sought = True
         return self._inverse
+
+    def _output_serves(self, x: Tensor) -> bool:
+        if ops.Layout.of(x).stride != x.stride():
+            return False  # the output lies in memory in another way, and which NaN counts depends on the position
+        key = x.dtype, x.device
+        if key not in self._serves_itself:
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+                return False  # the answer makes the host wait for the device: another time
+            # how a kernel rounds its limits differs from kernel to kernel: ask the device's own
+            values = self._telling_values(x.dtype).to(x.device)
+            self._serves_itself[key] = serves_itself(self._function, values)
+        return self._serves_itself[key]
 
     def level_rows(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The decoding table of the derivative itself, for a call that is run as one node."""
@@ -125,8 +139,10 @@ class Plan:
 
     def _decoding_rows(self, dtype: torch.dtype, device: torch.device) -> Saved:
         if self.codebook is None:
-            values = _on(self._two_values(dtype), dtype, device)
-            return [ops.rows(values, self.bits)]
+            integers = self._middles(np.arange(-128.0, 128.0), dtype)
+            if len(integers) == 2 and dtype not in SIXTEEN_BIT:
+                return [ops.rows(_on(np.array([integers[0], integers[1]]), torch.int8, device), self.bits)]
+            return [ops.rows(_on(self._two_values(dtype), dtype, device), self.bits)]
         if dtype in SIXTEEN_BIT:
             s = standins_16bit(self._function, self.codebook.levels, dtype)
         else:
@@ -139,22 +155,29 @@ class Plan:
 
     def _two_values(self, dtype: torch.dtype) -> np.ndarray[Any, np.dtype[np.float64]]:
         """One value for each code, as far from a change of code as there is."""
-        spread = all_values(dtype if dtype in SIXTEEN_BIT else torch.bfloat16).double().numpy()
-        numbers = [p for p in self.parameters.values() if isinstance(p, float) and np.isfinite(p)]
-        # an interval may be too narrow for the spread: add its ends, their mean, and their neighbours
-        at = torch.tensor([*numbers, float(np.mean(numbers or [0]))], dtype=torch.float64, device="cpu").to(dtype)
-        near = torch.cat([at, *(torch.nextafter(at, torch.full_like(at, side)) for side in (-np.inf, np.inf))])
-        values = np.concatenate([spread, near.double().numpy()])
-        values = np.unique(values[np.isfinite(values)])
-        codes = self._codes_of(values, dtype)
-        starts = np.flatnonzero(np.diff(codes, prepend=-1))
-        ends = np.append(starts[1:], len(codes))
+        values = self._telling_values(dtype).double().numpy()
         # the last resort: clamp(x, -inf, inf) has its second value at NaN alone, clamp(x, min=inf) at inf
         special = np.array([np.nan, np.inf, -np.inf])
         middle = {int(code): float(v) for code, v in zip(self._codes_of(special, dtype), special, strict=True)}
-        for start, end in sorted(zip(starts, ends, strict=True), key=lambda run: run[1] - run[0]):
-            middle[int(codes[start])] = float(values[(start + end) // 2])  # the longest run of each code comes last
+        middle |= self._middles(np.unique(values[np.isfinite(values)]), dtype)
         return np.array([middle.get(0, middle.get(1, 0.0)), middle.get(1, middle.get(0, 0.0))])
+
+    def _middles(self, values: np.ndarray[Any, np.dtype[np.float64]], dtype: torch.dtype) -> dict[int, float]:
+        """For each code that ascending values have, the middle of its longest run."""
+        codes = self._codes_of(values, dtype)
+        starts = np.flatnonzero(np.diff(codes, prepend=-1))
+        ends = np.append(starts[1:], len(codes))
+        runs = sorted(zip(starts, ends, strict=True), key=lambda run: run[1] - run[0])
+        return {int(codes[start]): float(values[(start + end) // 2]) for start, end in runs}  # the longest comes last
+
+    def _telling_values(self, dtype: torch.dtype) -> Tensor:
+        """Values among which are, on both sides, all places where a two-valued derivative may jump."""
+        spread = all_values(dtype if dtype in SIXTEEN_BIT else torch.bfloat16).to(dtype)
+        numbers = [p for p in self.parameters.values() if isinstance(p, float) and np.isfinite(p)]
+        # an interval may be too narrow for the spread: add its ends and their mean
+        ends = torch.tensor([*numbers, float(np.mean(numbers or [0]))], dtype=torch.float64, device="cpu").to(dtype)
+        at = torch.cat([spread, ends])
+        return torch.cat([at, *(torch.nextafter(at, torch.full_like(at, side)) for side in (-np.inf, np.inf))])
 
     def _codes_of(
         self, values: np.ndarray[Any, np.dtype[np.float64]], dtype: torch.dtype

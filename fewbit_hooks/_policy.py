@@ -26,7 +26,6 @@ Bits: TypeAlias = int | Mapping[str, int | None] | Callable[[str, Tensor], int |
 Exclude: TypeAlias = Rule | Iterable[Rule]
 
 DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-DEVICES = frozenset({"cpu", "cuda"})
 
 OWN_CODEBOOKS = 32
 """Parameter combinations of one activation for which a codebook is computed (0.1 to 0.5 s each): a parameter that is
@@ -148,7 +147,7 @@ def obstacle(x: Tensor, hooks: object) -> str:
         return f"dtype {str(x.dtype).removeprefix('torch.')}"
     if x.layout is not torch.strided or x.is_nested:
         return "a nested tensor" if x.is_nested else f"layout {str(x.layout).removeprefix('torch.')}"
-    if x.device.type not in DEVICES:
+    if not (x.is_cpu or x.is_cuda):
         return f"device {x.device.type}"
     if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         return DISABLED

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import _hooks, _one_node, _policy, _recipes, _recompute
 from ._calls import Call
+from ._inverse import Itself
 from ._ledger import HELD, Ledger
 from ._plan import Plan
 from ._policy import Keep
@@ -66,13 +67,15 @@ def admits(entry: Entry, name: str, x: Tensor) -> bool:
     return True
 
 
-def leave(entry: Entry, call: Call, reason: str, x: Tensor, run_it: functools.partial[Any]) -> Any:
+def leave(
+    entry: Entry, call: Call, reason: str, x: Tensor, run_it: functools.partial[Any], site: Site | None = None
+) -> Any:
     """Make the call as it is, and count what its node keeps."""
     y = run_it()
     if isinstance(y, Tensor) and y.requires_grad:
         ledger = entry.scope._ledger
         saves_output = call.activation is not None and call.activation.saves == "output"
-        ledger.original(ledger.row(call.name, None, reason), y if saves_output else x)
+        ledger.original(ledger.row(call.name, None, reason, site=site), y if saves_output else x)
         if entry.recomputes and call.activation is not None and call.activation.saves == "input":
             _recompute.note_activation(run_it, x, y)
     return y
@@ -102,7 +105,8 @@ def as_one_node(
         y = again(entry, name, forward, x, never_kept)
         _watch_input(ledger, site, verdict, y)
         return y
-    inverse = plan.inverse if verdict is Verdict.OUTPUT and not entry.scope._settings.exact else None
+    inverse = plan.inverse(x) if verdict is Verdict.OUTPUT else None
+    assert not isinstance(inverse, Itself)  # that is for activations of two values
     return _one_node.run_coded(plan, ledger, x, run_it, never_kept, site, inverse)
 
 
@@ -111,13 +115,13 @@ def _as_it_is(entry: Entry, call: Call, plan: Plan, x: Tensor, run_it: functools
     ledger = entry.scope._ledger
     site, verdict = _site(entry, call.name)
     if verdict is Verdict.INPUT and plan.codebook is None:
-        verdict = Verdict.OUTPUT  # a bit is less than the input
+        verdict = Verdict.OUTPUT  # a bit is less than the input, and none is less than that
     if verdict in (Verdict.LEAVE, Verdict.INPUT):
-        y = leave(entry, call, HELD if verdict is Verdict.LEAVE else SOURCE, x, run_it)
+        y = leave(entry, call, HELD if verdict is Verdict.LEAVE else SOURCE, x, run_it, site)
         _watch_input(ledger, site, verdict, y)
         return y
-    use_output = verdict is Verdict.OUTPUT and not entry.scope._settings.exact
-    return _hooks.run_coded(plan, ledger, x, run_it, site, plan.inverse if use_output else None)
+    inverse = plan.inverse(x) if verdict is Verdict.OUTPUT else None
+    return _hooks.run_coded(plan, ledger, x, run_it, site, inverse)
 
 
 def _site(entry: Entry, name: str) -> tuple[Site | None, Verdict]:

@@ -253,6 +253,15 @@ def test_chunks_of_a_dense_tensor_are_views_and_all_but_the_last_are_full() -> N
     assert all(piece.untyped_storage().data_ptr() == storage for _, piece in _layout.chunks(x))
 
 
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 1023, 4096])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.uint8])
+def test_rows_of_small_integers_decode_to_the_same_values(n: int, dtype: torch.dtype) -> None:
+    packed, values = ops.pack_bits(random_codes(n, 1), 1), torch.tensor([3, 100], dtype=torch.int8)
+    layout = ops.Layout((n,), (1,), dtype, torch.device("cpu"))
+    decoded = ops.decode(packed, ops.rows(values, 1), 1, layout)
+    assert torch.equal(decoded, ops.decode(packed, ops.rows(values.to(dtype), 1), 1, layout))
+
+
 def test_a_tensor_that_requires_grad_is_encoded_outside_the_graph() -> None:
     x = torch.randn(100, requires_grad=True)
     seen: list[bool] = []

@@ -72,7 +72,16 @@ def test_an_output_that_the_next_linear_keeps_serves_from_the_third_step_on(open
         (nn.Tanh(), None),
         (nn.Sigmoid(), None),
         (nn.ELU(inplace=True), None),
-        (nn.ReLU6(), 1),
+        (nn.ReLU6(), "y+0"),
+        (nn.ReLU6(inplace=True), "y+0"),
+        (nn.Hardtanh(-0.1, 0.7), "y+0"),
+        (nn.LeakyReLU(), "y+0"),
+        (nn.Hardshrink(), "y+0"),
+        (nn.Threshold(0.1, -1.0), "y+0"),
+        (nn.Threshold(0.1, 1.0), 1),
+        (nn.LeakyReLU(-0.5), 1),
+        (nn.Softshrink(), 1),
+        (nn.Hardsigmoid(), 1),
     ],
     ids=repr,
 )
@@ -227,10 +236,67 @@ def test_a_change_in_place_that_comes_later_is_noticed_and_learned(opened: fewbi
     assert steps(model, opened, 5) == [{"silu ChangesItsOutput": 3}] * 5
 
 
-def test_exact_true_takes_no_derivative_from_an_output() -> None:
+def test_exact_true_takes_a_derivative_from_an_output_only_where_that_is_exact() -> None:
     opened = fewbit.scope(exact=True, min_bytes=0)
     model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64), nn.ReLU6(), nn.Linear(64, 64))
-    assert steps(model, opened, 4)[-1] == {"gelu 1": None, "hardtanh 3": 1}
+    assert steps(model, opened, 4)[-1] == {"gelu 1": None, "hardtanh 3": "y+0"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "activation",
+    [nn.ReLU6(), nn.Hardtanh(-0.5, 0.75), nn.LeakyReLU(), nn.Hardshrink(), nn.Threshold(0.1, -1.0)],
+    ids=repr,
+)
+def test_a_gradient_from_the_output_itself_is_bit_for_bit_stocks(
+    opened: fewbit.scope, activation: nn.Module, dtype: torch.dtype
+) -> None:
+    """Ties, infinities and NaN included, in the vectorised body of the kernel and in its tail, channels last or not."""
+    model = nn.Sequential(activation, nn.Conv2d(3, 4, 1)).to(dtype)
+    x = (torch.randn(3, 3, 17, 19) * 4).to(dtype)
+    special = torch.tensor(
+        [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 0.1, -0.1, 0.5, -0.5, 0.7, 6.0, 1e-45, 5.9999995]
+    )
+    flat = x.view(-1)
+    flat[: 13 * 200].view(200, 13)[::7] = special.to(dtype)
+    flat[-5:] = torch.nan
+
+    def gradient(v: Tensor) -> Tensor:
+        leaf = v.detach().requires_grad_()
+        model(leaf * 1).sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad.contiguous().view(torch.uint8)
+
+    clean = x.nan_to_num(1.0, 2.0, 2.0)
+    for _ in range(2):
+        with opened:
+            gradient(clean)
+    for v in (x, x.contiguous(memory_format=torch.channels_last)):
+        with opened:
+            coded = gradient(v)
+        assert how(opened.report().rows[0]) == "y+0"
+        assert torch.equal(coded, gradient(v))
+
+
+def test_limits_that_a_dtype_has_to_round_are_left_to_codes(opened: fewbit.scope) -> None:
+    """0.7 is 0.69921875 in bfloat16: the backward may compare that output with 0.7 itself."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Hardtanh(-0.1, 0.7), nn.Linear(64, 64)).bfloat16()
+    for _ in range(3):
+        with opened:
+            loss = model(torch.randn(64, 64, dtype=torch.bfloat16)).square().mean()
+        loss.backward()
+    assert how(opened.report().rows[0]) == 1
+
+
+def test_an_input_with_gaps_is_coded_although_the_output_would_serve(opened: fewbit.scope) -> None:
+    """The output has none, and which NaN counts as which depends on the place in memory."""
+
+    class Cut(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu6(x[:, ::2])
+
+    model = nn.Sequential(nn.Linear(64, 128), Cut(), nn.Linear(64, 8))
+    assert steps(model, opened, 4)[-1] == {"relu6 1": 1}
 
 
 def test_freezing_is_noticed_in_the_second_of_two_models(opened: fewbit.scope) -> None:

@@ -50,11 +50,16 @@ def chunks(x: Tensor) -> Iterator[tuple[int, Tensor]]:
     Every piece but the last has `chunk_size` elements. The pieces of a dense tensor are views of it;
     of any other tensor (sliced, expanded, overlapping) one piece at a time is copied.
     """
-    stride = Layout.of(x).stride
-    in_order = x.permute(sorted(range(x.dim()), key=lambda dim: -stride[dim]))
+    in_order = x
+    if not x.is_contiguous():
+        stride = Layout.of(x).stride
+        in_order = x.permute(sorted(range(x.dim()), key=lambda dim: -stride[dim]))
     if in_order.is_contiguous():
         in_order = in_order.view(-1)
     n, step = x.numel(), chunk_size(x.device)
+    if 0 < n <= step and in_order.dim() == 1:  # the usual case, which is spared the slicing
+        yield 0, in_order.contiguous()
+        return
     for start in range(0, n, step):
         yield start, _piece(in_order, start, min(start + step, n)).contiguous()
 

@@ -1,0 +1,260 @@
+"""What a training step costs under a scope: its time and the bytes held for backward, as ratios to stock PyTorch.
+
+    python benchmarks/bench_step.py [--quick] [--threads N] [--csv PATH] [MODEL ...]
+
+Models come from their configurations, with random weights, in training mode and float32. A step is forward and
+backward. The scope is used again and again, as in a training loop, and has learned before anything is measured. The
+ways to run a step share one process and take turns, in an order that rotates; each step is compared with the stock step
+of its own round. `time` is the median of these ratios, with the quartiles: `stock again` says what 1.00 looks like on
+this machine. `cpu` is the same for processor time, which other processes disturb less. `held` counts the storages that
+are alive between forward and backward, beside parameters, buffers and the batch. Runs on the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import csv
+import gc
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch
+import transformers as hf
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fewbit_hooks as fewbit
+
+COLUMNS = ("model", "row", "seconds", "time", "lower", "upper", "cpu", "held_bytes", "held", "gradients")
+LEARN = 3
+"""Steps after which a scope has learned what others keep."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, a batch for it, and how many rounds make a steady median."""
+
+    build: Callable[[], tuple[nn.Module, dict[str, Tensor]]]
+    rounds: int
+
+
+def images(config: Any, size: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    config.num_labels = 10
+    model = hf.AutoModelForImageClassification.from_config(config)
+    return model, {"pixel_values": torch.randn(8, 3, size, size), "labels": torch.randint(10, (8,))}
+
+
+def text(model: Any, batch: int, length: int, **labels: Tensor) -> tuple[nn.Module, dict[str, Tensor]]:
+    tokens = torch.randint(5, model.config.vocab_size, (batch, length))
+    return model, {"input_ids": tokens, **(labels or {"labels": tokens})}
+
+
+def roberta(layers: int, hidden: int, batch: int, length: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    config = hf.RobertaConfig(
+        vocab_size=1000,
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_attention_heads=hidden // 64,
+    )
+    model = hf.RobertaForSequenceClassification(config)
+    return text(model, batch, length, labels=torch.randint(2, (batch,)))
+
+
+def llama() -> tuple[nn.Module, dict[str, Tensor]]:
+    config = hf.LlamaConfig(
+        vocab_size=1000, num_hidden_layers=4, hidden_size=768, intermediate_size=2048, num_attention_heads=12
+    )
+    return text(hf.LlamaForCausalLM(config), 2, 256)
+
+
+MODELS = {
+    "resnet-50": Case(lambda: images(hf.ResNetConfig(), 160), 15),
+    # by default every convolution keeps a padded copy, and not the output of the ReLU6 before it
+    "mobilenet-v2": Case(lambda: images(hf.MobileNetV2Config(), 160), 25),
+    "mobilenet-v2-unpadded": Case(lambda: images(hf.MobileNetV2Config(tf_padding=False), 160), 25),
+    "roberta-2-layers": Case(lambda: roberta(2, 768, 8, 128), 15),
+    "llama-4-layers": Case(llama, 15),
+    "launch-bound": Case(lambda: roberta(6, 384, 1, 16), 200),  # where the time is that of Python and of launches
+}
+
+Way = Callable[[nn.Module], tuple[nn.Module, AbstractContextManager[Any]]]
+"""A way to run a step: the model to run, which may be a changed copy of the given one, and what its forward runs in."""
+
+
+def checkpointed(model: nn.Module) -> nn.Module:
+    """torch.utils.checkpoint around every block, as transformers has it; the model itself where it has not."""
+    if getattr(model, "supports_gradient_checkpointing", False):
+        model = copy.deepcopy(model)
+        model.gradient_checkpointing_enable()  # type: ignore[operator]
+    return model
+
+
+ROWS: dict[str, Way] = {
+    "stock": lambda model: (model, contextlib.nullcontext()),
+    "stock again": lambda model: (model, contextlib.nullcontext()),
+    "scope(bits=3)": lambda model: (model, fewbit.scope(bits=3)),
+    "scope(exact=True)": lambda model: (model, fewbit.scope(exact=True)),
+    "checkpoint": lambda model: (checkpointed(model), contextlib.nullcontext()),
+}
+"""The first is what the others are compared with."""
+
+
+class Runner:
+    """One row of one model."""
+
+    def __init__(self, way: Way, model: nn.Module, batch: dict[str, Tensor]) -> None:
+        self.model, self._context = way(model)
+        self._batch = batch
+        self.same_as_stock = way is ROWS["stock"]
+
+    def forward(self) -> Tensor:
+        with self._context:
+            loss: Tensor = self.model(**self._batch).loss
+        return loss
+
+    def seconds(self) -> tuple[float, float]:
+        """Wall-clock and processor time of a step."""
+        self.model.zero_grad(set_to_none=True)
+        begin, cpu = time.perf_counter(), time.process_time()
+        self.forward().backward()
+        return time.perf_counter() - begin, time.process_time() - cpu
+
+    def held(self) -> int:
+        """Bytes alive between forward and backward that the forward made."""
+        known = [*self.model.parameters(), *self.model.buffers(), *self._batch.values()]
+        with Made() as made:
+            loss = self.forward()
+        held = made.bytes_alive(known) - loss.untyped_storage().nbytes()
+        loss.backward()
+        return held
+
+    def gradients(self) -> list[Tensor]:
+        """Those of a step with a fixed seed."""
+        self.model.zero_grad(set_to_none=True)
+        torch.manual_seed(0)
+        self.forward().backward()
+        return [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
+
+
+class Made(TorchDispatchMode):
+    """Remembers, weakly, the storages of all results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor):
+                storage = t.untyped_storage()
+                self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+    def bytes_alive(self, known: list[Tensor]) -> int:
+        """Of the storages that are none of the known tensors'."""
+        storages = {key: value for key, value in self._storages.items() if not value[0].expired()}
+        for t in known:
+            storages.pop(t.untyped_storage()._cdata, None)
+        return sum(nbytes for _, nbytes in storages.values())
+
+
+def difference(gradients: list[Tensor], stock: list[Tensor]) -> float:
+    """Relative L2 distance of two gradients."""
+    pairs = list(zip(gradients, stock, strict=True))
+    return float(sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)) ** 0.5
+
+
+def measure(case: Case, rounds: int) -> dict[str, dict[str, float]]:
+    """The figures of a model, by row and column."""
+    torch.manual_seed(0)
+    model, batch = case.build()
+    model.train()
+    runners = {name: Runner(way, model, batch) for name, way in ROWS.items()}
+    if runners["checkpoint"].model is model:
+        del runners["checkpoint"]
+    for runner in runners.values():
+        for _ in range(LEARN):
+            runner.seconds()
+    stock, *_ = runners.values()
+    exact = stock.gradients()
+    figures = {
+        name: {"held_bytes": runner.held(), "gradients": difference(runner.gradients(), exact)}
+        for name, runner in runners.items()
+    }
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
+    order = list(runners)
+    gc.collect()
+    gc.disable()  # its pauses hit a row at random
+    for _ in range(rounds):
+        for name in order:
+            times[name].append(runners[name].seconds())
+        order.append(order.pop(0))
+    gc.enable()
+    for name, row in figures.items():
+        pairs = list(zip(times[name], times["stock"], strict=True))
+        wall = [mine[0] / stock[0] for mine, stock in pairs]
+        row["seconds"] = statistics.median(mine[0] for mine, _ in pairs)
+        row["lower"], row["time"], row["upper"] = statistics.quantiles(wall, n=4) if rounds > 1 else wall * 3
+        row["cpu"] = statistics.median(mine[1] / stock[1] for mine, stock in pairs)
+        row["held"] = row["held_bytes"] / figures["stock"]["held_bytes"]
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(MODELS)}; all where none is given")
+    parser.add_argument("--quick", action="store_true", help="a fifth of the rounds")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch; all of them where not given")
+    parser.add_argument("--csv", metavar="PATH", help="write the table there too")
+    arguments = parser.parse_args()
+    for name in arguments.models:
+        if name not in MODELS:
+            parser.error(f"no model {name!r}; there are {', '.join(MODELS)}")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+
+    print(f"machine  {platform.platform()}, {platform.machine()}, CPU, {torch.get_num_threads()} threads")
+    print(f"versions python {platform.python_version()}, torch {torch.__version__}, transformers {hf.__version__}")
+    print("time, cpu and held are ratios to stock; gradients: relative distance from stock's\n")
+    print(
+        "{:<21} {:<18} {:>8}  {:>21}  {:>6}  {:>9}  {:>6}  {:>9}".format(
+            "model", "row", "ms", "time (quartiles)", "cpu", "held MiB", "held", "gradients"
+        )
+    )
+
+    table = []
+    for name in arguments.models or MODELS:
+        case = MODELS[name]
+        for row, f in measure(case, -(-case.rounds // 5) if arguments.quick else case.rounds).items():
+            spread = f"{f['time']:.3f} ({f['lower']:.3f}-{f['upper']:.3f})"
+            held = f"{f['held_bytes'] / 2**20:>9.2f}  {f['held']:>6.3f}"
+            print(
+                f"{name:<21} {row:<18} {f['seconds'] * 1e3:>8.1f}  {spread:>21}  {f['cpu']:>6.3f}  {held}  "
+                f"{f['gradients']:>9.1e}",
+                flush=True,
+            )
+            table.append((name, row, *(f[column] for column in COLUMNS[2:])))
+
+    if arguments.csv:
+        with open(arguments.csv, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            writer.writerows(table)
+
+
+if __name__ == "__main__":
+    main()
