@@ -49,6 +49,7 @@ class Operation:
         x_bytes, x_shape: of a recognised call's input.
         input: of a composite, the storage of its input.
         output: the storage of its output.
+        beside_output: bits an element that the derivative takes beside it; None where it cannot be had from it.
         custom: it is a custom autograd Function.
         composite: it is a whole module, written in primitives, that a scope runs as one node.
     """
@@ -62,6 +63,7 @@ class Operation:
     x_shape: torch.Size | None = None
     input: int = 0
     output: int = 0
+    beside_output: int | None = None
     custom: bool = False
     composite: bool = False
 
@@ -250,7 +252,8 @@ class Recorder(TorchFunctionMode):
         operation.reason = _policy.obstacle(x, self._pack_hook)
         if not operation.reason:
             try:
-                _policy.make_plan(_policy.Settings(), call, function, args, kwargs, x)
+                inverse = _policy.make_plan(_policy.Settings(), call, function, args, kwargs, x).inverse(x)
+                operation.beside_output = None if inverse is None else inverse.bits
             except _policy.Keep as keep:
                 operation.reason = str(keep)
 
