@@ -161,8 +161,8 @@ def with_adapters(model: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = get_peft_model(model, config)
-    for module in adapted.modules():  # MobileNetV2 looks at its convolutions to pad their inputs
-        if isinstance(conv := getattr(module, "base_layer", None), nn.Conv2d):
+    for module in adapted.modules():  # MobileNetV2 and Whisper look these up at their convolutions
+        if isinstance(conv := getattr(module, "base_layer", None), (nn.Conv1d, nn.Conv2d)):
             module.stride, module.kernel_size, module.dilation = conv.stride, conv.kernel_size, conv.dilation
     for part in new:
         getattr(model, part).requires_grad_(True)
