@@ -75,6 +75,12 @@ class Facts:
     extra: float
     keeps_x: bool
 
+    def gains(self, composite: Composite) -> bool:
+        """Whether as one node it keeps less."""
+        if composite.call is None:
+            return self.extra + self.keeps_x - 1.0 >= _recompute.ONE_NODE_GAIN
+        return self.extra > 0
+
 
 _lock = threading.RLock()
 _facts: weakref.WeakKeyDictionary[nn.Module, dict[Any, Facts]] = weakref.WeakKeyDictionary()
@@ -159,12 +165,14 @@ def _replace_forward(
         def run_or_leave(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
                 entry = _stack.acting()
-                if entry is None or compiled is None or kwargs:
+                if not isinstance(entry, _stack.Entry) or compiled is None or kwargs:
                     return forward(self, *args, **kwargs)
                 return _compiled.run(entry.coding, compiled, functools.partial(forward, self), args, kwargs)
             entry = _stack.acting()
             if entry is None or not torch.is_grad_enabled():
                 return forward(self, *args, **kwargs)
+            if not isinstance(entry, _stack.Entry):
+                return entry.run_composite(composite, self, args, kwargs)  # the recorder of a profile
             return _run(entry, composite, self, args, kwargs)
 
         run_or_leave._fewbit_original = forward  # type: ignore[attr-defined]
@@ -183,18 +191,18 @@ def _run(
     if composite.call is not None:
         return _run_activation(entry, composite.call, composite, module, x, run_it)
     settings, ledger = entry.scope._settings, entry.scope._ledger
-    if not settings.recompute or any(type(p) is not nn.Parameter for _, p in own if p is not None):
+    if not settings.recompute or not has_plain_parameters(module):
         return run_it()
     try:
         if not _treatment.admits(entry, composite.name, x):
             return run_it()
-        facts = _look_at(composite, module, x)
+        facts = look_at(composite, module, x)
         if facts.reason:
             raise Keep(facts.reason)
     except Keep as keep:
         ledger.passed(composite.name, str(keep), 0)
         return run_it()
-    if facts.extra + facts.keeps_x - 1.0 < _recompute.ONE_NODE_GAIN:
+    if not facts.gains(composite):
         return run_it()
     names = [name for name, _ in own]
     parameters: list[Tensor] = [p for _, p in own if p is not None]
@@ -215,8 +223,8 @@ def _run_activation(
     try:
         if not _treatment.admits(entry, call.name, x):
             return run_it()
-        facts = _look_at(composite, module, x)
-        if not facts.extra and not facts.reason:
+        facts = look_at(composite, module, x)
+        if not facts.gains(composite) and not facts.reason:
             return run_it()  # a native node, which the mode sees
         if facts.reason:
             raise Keep(facts.reason)
@@ -235,6 +243,11 @@ def _run_activation(
     return _treatment.as_one_node(entry, plan, x, run_it, forward, never_kept)
 
 
+def has_plain_parameters(module: nn.Module) -> bool:
+    """Whether all parameters of its own are of the class that tensors can take the place of."""
+    return all(type(p) is nn.Parameter for p in module._parameters.values() if p is not None)
+
+
 def _with_parameters(forward: Forward, module: nn.Module, names: list[str], x: Tensor, *parameters: Tensor) -> Tensor:
     """The forward of `module` with these parameters in the place of its own."""
     shadow = copy.copy(module)
@@ -244,7 +257,7 @@ def _with_parameters(forward: Forward, module: nn.Module, names: list[str], x: T
     return forward(shadow, x)
 
 
-def _look_at(composite: Composite, module: nn.Module, x: Tensor) -> Facts:
+def look_at(composite: Composite, module: nn.Module, x: Tensor) -> Facts:
     """Ask an instance, once for each dtype and state, what it computes and saves."""
     trainable = tuple(p.requires_grad for p in module._parameters.values() if p is not None)
     key = x.dtype, x.device, x.requires_grad, trainable, Autocast.of(x.device.type)

@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _policy, _recompute, ops
+from . import _policy, _recipes, _recompute, ops
 from ._hooks import NO_GAIN, Kept
 from ._ledger import CODES, Ledger, Row, Step
 from ._mask_calls import MaskCall
@@ -102,7 +102,8 @@ def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: 
 def _note(call: MaskCall, func: Any, given: dict[str, Any], x: Tensor | None, packed: Any, y: Any) -> None:
     """For what is computed again: a dropout's result is its input and its mask; attention keeps what it is given."""
     if call.name == "scaled_dot_product_attention":
-        _recompute.anchor_attention(given, y)
+        for t in _recompute.kept_by_attention(given, y):
+            _recipes.anchor(t)
     elif func in PLAIN_DROPOUT and x is not None and packed is not None and not given.get("inplace"):
         _recompute.note_dropout(x, y, packed, given.get("p", 0.5))
 

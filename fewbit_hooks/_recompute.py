@@ -74,44 +74,94 @@ RECOMPUTE: dict[Any, RecomputeCall] = {
 
 def run(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
     """Make such a call under a scope with `recompute=True`."""
-    kwargs = kwargs or {}
-    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    x = next((t for t in tensors if type(t) is Tensor), None)
+    kwargs, settings = kwargs or {}, entry.scope._settings
     if (
-        x is None
-        or not torch.is_grad_enabled()
-        or entry.hooks is not None  # innermost hooks win: those that were there before ours keep what is kept
-        or not all(type(t) in (Tensor, nn.Parameter) for t in tensors)
-        or not any(t.requires_grad for t in tensors)
-        or x.numel() * x.element_size() < max(entry.scope._settings.min_bytes, 1)
-        or _policy.traced()
-        or _policy.obstacle(x, None)
-        or (entry.scope._settings.exclude and entry.scope._settings.exclude.here())
+        entry.hooks is not None  # innermost hooks win: those that were there before ours keep what is kept
+        or (admitted := admits(args, kwargs, settings.min_bytes)) is None
+        or (settings.exclude and settings.exclude.here())
     ):
         return func(*args, **kwargs)
+    x, tensors = admitted
     if call.kind == "norm":
         return _norm(entry, call, func, args, kwargs)
     if call.kind == "softmax":
         return _keeping(call.name, func, args, kwargs)
     if call.kind == "cast":
         y = func(*args, **kwargs)
-        _note_cast(func, x, y, args, kwargs)
+        if is_cast(x, y, args):
+            _recipes.note(y, functools.partial(torch.Tensor.to, dtype=y.dtype), [x])
         return y
     y = _consume(entry, call, func, args, kwargs, tensors)
-    if call.kind == "product" and isinstance(y, Tensor) and len(tensors) == 2 and not kwargs:
-        a, b = tensors
-        if a.shape == b.shape:
-            _recipes.note(y, torch.mul, tensors)
+    if call.kind == "product" and isinstance(y, Tensor) and are_factors(tensors, kwargs):
+        _recipes.note(y, torch.mul, tensors)
     return y
+
+
+def admits(
+    args: tuple[Any, ...], kwargs: dict[str, Any], min_bytes: int, hooks: object = None
+) -> tuple[Tensor, list[Tensor]] | None:
+    """The first plain tensor and all tensors of a call that is worth a second look; None of one that is not.
+
+    Args:
+        hooks: as `_policy.obstacle` takes them.
+    """
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    x = next((t for t in tensors if type(t) is Tensor), None)
+    if (
+        x is None
+        or not torch.is_grad_enabled()
+        or not all(type(t) in (Tensor, nn.Parameter) for t in tensors)
+        or not any(t.requires_grad for t in tensors)
+        or x.numel() * x.element_size() < max(min_bytes, 1)
+        or _policy.traced()
+        or _policy.obstacle(x, hooks)
+    ):
+        return None
+    return x, tensors
 
 
 # --- what makes a tensor ---
 
 
-def _norm(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """layer_norm(input, normalized_shape, weight, bias, eps) and its like."""
+def are_factors(tensors: Sequence[Tensor], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a product can be computed again: of two tensors of one shape."""
+    return len(tensors) == 2 and not kwargs and tensors[0].shape == tensors[1].shape
+
+
+def is_cast(x: Tensor, y: Any, args: tuple[Any, ...]) -> bool:
+    """Whether `y` is `x` in another dtype, and nothing else."""
+    plain = isinstance(y, Tensor) and y.dtype in _policy.DTYPES and y.device == x.device
+    return plain and bool(args) and args[0] is x
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A call of a norm.
+
+    Attributes:
+        forward: the call, of the input and the parameters.
+        parameters: the tensors beside the input.
+        gain: bytes, for each byte of the input, that it keeps less as one node.
+        extra: bytes that it saves beside the input, for each byte of it.
+        keeps_x: it saves the input, too.
+    """
+
+    forward: Callable[..., Tensor]
+    parameters: list[Tensor]
+    gain: float
+    extra: float
+    keeps_x: bool
+
+    @property
+    def as_one_node(self) -> bool:
+        """It is run as one node."""
+        return self.gain >= ONE_NODE_GAIN
+
+
+def look_at_norm(call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Norm | None:
+    """layer_norm(input, normalized_shape, weight, bias, eps) and its like; None where the input is not the first."""
     if not args or not isinstance(args[0], Tensor):
-        return func(*args, **kwargs)
+        return None
     x, given = args[0], (*args, *kwargs.values())
     where = [i for i, value in enumerate(given) if isinstance(value, Tensor)]
     names = tuple(kwargs)
@@ -125,13 +175,21 @@ def _norm(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], k
 
     given_without = [None if i in where else value for i, value in enumerate(given)]  # it is kept: no tensor in it
     parameters = [given[i] for i in where[1:]]
-    gain, extra, keeps_x = _facts(call.name, forward, x, parameters, given_without)
-    if gain >= ONE_NODE_GAIN:
-        return one_node(entry.scope._ledger, call.name, forward, x, parameters, extra, keeps_x)
+    return Norm(forward, parameters, *_facts(call.name, forward, x, parameters, given_without))
+
+
+def _norm(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    norm = look_at_norm(call, func, args, kwargs)
+    if norm is None:
+        return func(*args, **kwargs)
+    x: Tensor = args[0]
+    if norm.as_one_node:
+        ledger = entry.scope._ledger
+        return one_node(ledger, call.name, norm.forward, x, norm.parameters, norm.extra, norm.keeps_x)
     y = func(*args, **kwargs)
-    if keeps_x:
+    if norm.keeps_x:
         _recipes.anchor(x)
-    _recipes.note(y, forward, [x, *parameters])
+    _recipes.note(y, norm.forward, [x, *norm.parameters])
     return y
 
 
@@ -197,16 +255,10 @@ def probe_shape(x: Tensor, *, channels: bool = False) -> tuple[int, ...]:
     return tuple(ones)
 
 
-def _note_cast(func: Any, x: Tensor, y: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if isinstance(y, Tensor) and y.dtype in _policy.DTYPES and y.device == x.device and args and args[0] is x:
-        _recipes.note(y, functools.partial(torch.Tensor.to, dtype=y.dtype), [x])
-
-
-def anchor_attention(given: Mapping[str, Any], y: Any) -> None:
-    """An attention ran, which keeps its operands and its result."""
-    for t in (given.get("query"), given.get("key"), given.get("value"), y):
-        if type(t) is Tensor and t.requires_grad:
-            _recipes.anchor(t)
+def kept_by_attention(given: Mapping[str, Any], y: Any) -> list[Tensor]:
+    """What an attention keeps for certain: its operands and its result."""
+    tensors = (given.get("query"), given.get("key"), given.get("value"), y)
+    return [t for t in tensors if type(t) is Tensor and t.requires_grad]
 
 
 def note_activation(run_it: functools.partial[Any], x: Tensor, y: Tensor) -> None:
@@ -215,8 +267,13 @@ def note_activation(run_it: functools.partial[Any], x: Tensor, y: Tensor) -> Non
         return  # in place: the node keeps a copy
     _recipes.anchor(x)
     rest = {key: value for key, value in run_it.keywords.items() if key not in ("input", "self")}
-    if not any(isinstance(value, Tensor) for value in (*run_it.args[1:], *rest.values())):
+    if takes_one_tensor(run_it.args, rest):
         _recipes.note(y, _With(run_it.func, run_it.args[1:], rest), [x])
+
+
+def takes_one_tensor(args: tuple[Any, ...], rest: Mapping[str, Any]) -> bool:
+    """Whether an activation depends on its input alone."""
+    return not any(isinstance(value, Tensor) for value in (*args[1:], *rest.values()))
 
 
 def note_dropout(x: Tensor, y: Tensor, mask: Any, p: float) -> None:
@@ -245,10 +302,9 @@ def _consume(
     entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
 ) -> Any:
     """Make a call whose operands are saved, by recipe where they have one."""
-    operands = tensors[-2:] if call.name == "addmm" else tensors[:2]
-    if len(operands) < 2:
+    saved = saved_operands(call, tensors)
+    if not saved:
         return func(*args, **kwargs)
-    saved = [t for t, other in (operands, operands[::-1]) if other.requires_grad]
     recipes = {
         t.untyped_storage()._cdata: (t, recipe)
         for t in saved
@@ -260,7 +316,7 @@ def _consume(
     site = entry.scope._sites.find(call.name, ledger.coming_step) if recipes else None
     if not recipes or (site is not None and site.verdict is Verdict.LEAVE):
         y = func(*args, **kwargs)
-        if not torch.is_autocast_enabled(operands[0].device.type):  # or a cast copy may be what is kept
+        if not torch.is_autocast_enabled(saved[0].device.type):  # or a cast copy may be what is kept
             for t in saved:
                 _recipes.anchor(t)
         return y
@@ -273,6 +329,12 @@ def _consume(
         return y
     finally:
         hook.release()
+
+
+def saved_operands(call: RecomputeCall, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Those that the call saves: each for the gradient of the other."""
+    operands = tensors[-2:] if call.name == "addmm" else tensors[:2]
+    return [t for t, other in (operands, operands[::-1]) if other.requires_grad] if len(operands) == 2 else []
 
 
 class Recomputed:
@@ -309,6 +371,16 @@ class _Cast:
 
     def __call__(self, value: Tensor) -> Tensor:
         return self._geometry.of(value).to(self._dtype)
+
+
+def is_autocast_of(t: Tensor, operand: Tensor) -> bool:
+    """Whether `t` is the copy that autocast made of an operand, or a view of it."""
+    node = t.grad_fn
+    while node is not None and node.name() in VIEWS:
+        node = node.next_functions[0][0]
+    if node is None or node.name() != "ToCopyBackward0":
+        return False
+    return bool(node.next_functions[0] == (operand.grad_fn, operand.output_nr))
 
 
 VIEWS = frozenset(
@@ -348,13 +420,9 @@ class ConsumerHook:
 
     def _cast_of(self, t: Tensor) -> tuple[Recipe | None, _Cast | None]:
         """What `t` is autocast's copy of."""
-        node = t.grad_fn
-        while node is not None and node.name() in VIEWS:
-            node = node.next_functions[0][0]
-        if node is not None and node.name() == "ToCopyBackward0":
-            for operand, recipe in self._recipes.values():
-                if node.next_functions[0] == (operand.grad_fn, operand.output_nr):
-                    return recipe, _Cast(Geometry(operand), t.dtype)
+        for operand, recipe in self._recipes.values():
+            if is_autocast_of(t, operand):
+                return recipe, _Cast(Geometry(operand), t.dtype)
         return None, None
 
     def release(self) -> None:

@@ -114,6 +114,27 @@ class Site:
         self._step = step
         self.verdict = self._found if self._agreed >= AGREE else Verdict.UNKNOWN
 
+    def see(self, input_kept: bool, output_kept: bool, treated: Verdict, step: int) -> None:
+        """The forward is over: whether what a call's node would have kept, and its output, are kept by somebody else.
+
+        Args:
+            treated: as what the call was treated; see `Watch`.
+        """
+        if treated is Verdict.OUTPUT:
+            return  # what the packed object holds tells nothing of what others do
+        if treated is Verdict.INPUT:
+            self.output_stays |= output_kept
+        elif input_kept:
+            self.learn(Verdict.LEAVE, step)
+        else:
+            self.learn(Verdict.OUTPUT if output_kept and not self.output_changes else Verdict.CODES, step)
+
+    def treatment(self, recompute: bool) -> Verdict:
+        """The verdict; INPUT where those that keep the output can compute it again."""
+        if self.verdict is Verdict.OUTPUT and recompute and not self.output_stays:
+            return Verdict.INPUT
+        return self.verdict
+
 
 class Watch:
     """One call, whose storages are looked at when the forward is over.
@@ -148,18 +169,8 @@ class Watch:
                 self.site.output_changes = True
                 self.site.forget()
             self.held = None  # or our own reference would be what keeps it
-        if self.treated is Verdict.OUTPUT:
-            return  # what the packed object holds tells nothing of what others do
-        if self.treated is Verdict.INPUT:
-            self.site.output_stays |= not self.output.expired()
-            return
-        if all(not storage.expired() for storage in self.saved):
-            found = Verdict.LEAVE
-        elif not self.output.expired() and not self.site.output_changes:
-            found = Verdict.OUTPUT
-        else:
-            found = Verdict.CODES
-        self.site.learn(found, step)
+        input_kept = all(not storage.expired() for storage in self.saved)
+        self.site.see(input_kept, not self.output.expired(), self.treated, step)
 
 
 @dataclass

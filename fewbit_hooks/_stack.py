@@ -56,6 +56,9 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.mode: Any = None
+        self.acting: Any = None
+        self.recorder: Any = None
+        self.below = 0  # entries that were there before the recorder
 
 
 _thread = _Thread()
@@ -71,22 +74,39 @@ def active() -> Entry | None:
     return next((e for e in reversed(_thread.entries) if not e.inert), None)
 
 
-def acting() -> Entry | None:
-    """The same at the cost of a look: for what is asked at every call."""
-    mode = _thread.mode
-    return mode.entry if mode is not None else None
+def acting() -> Any:
+    """The same at the cost of a look, for what is asked at every call; or the recorder, if there is none above it."""
+    return _thread.acting
 
 
 @contextlib.contextmanager
 def hidden() -> Iterator[None]:
     """Recognise nothing on this thread: for the primitives of what was recognised as a whole."""
-    if _thread.mode is not None:
-        _thread.mode.entry = None
+    _act(None)
     try:
         yield
     finally:
-        if _thread.mode is not None:
-            _thread.mode.entry = active()
+        _act(active())
+
+
+@contextlib.contextmanager
+def recording(recorder: Any) -> Iterator[None]:
+    """Hand what is run as one node on this thread to the recorder of a profile, unless a scope is entered later."""
+    outer = _thread.recorder, _thread.below
+    _thread.recorder, _thread.below = recorder, len(_thread.entries)
+    _act(active())
+    try:
+        yield
+    finally:
+        _thread.recorder, _thread.below = outer
+        _act(active())
+
+
+def _act(entry: Entry | None) -> None:
+    if _thread.mode is not None:
+        _thread.mode.entry = entry
+    recorded = _thread.recorder is not None and len(_thread.entries) <= _thread.below
+    _thread.acting = _thread.recorder if recorded else entry
 
 
 def push(entry: Entry, mode_class: type[TorchFunctionMode]) -> None:
@@ -100,7 +120,7 @@ def push(entry: Entry, mode_class: type[TorchFunctionMode]) -> None:
         entry.pushed = True
     elif not entry.inert and not any(e.pushed for e in _thread.entries):
         entry.pushed = True  # the mode is left over from an entry removed while torch had taken it off
-    _thread.mode.entry = active()
+    _act(active())
 
 
 def remove(entry: Entry) -> None:
@@ -113,7 +133,7 @@ def remove(entry: Entry) -> None:
             later[0].pushed = True  # it relies on the mode that this entry put there
         else:
             _take_off(_thread.mode)
-    _thread.mode.entry = active()
+    _act(active())
 
 
 def _on_stack(mode: TorchFunctionMode) -> bool:

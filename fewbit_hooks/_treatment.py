@@ -133,9 +133,7 @@ def _site(entry: Entry, name: str) -> tuple[Site | None, Verdict]:
     site = scope._sites.find(name, scope._ledger.coming_step)
     if site is None:
         return None, Verdict.UNKNOWN
-    if site.verdict is Verdict.OUTPUT and scope._settings.recompute and not site.output_stays:
-        return site, Verdict.INPUT
-    return site, site.verdict
+    return site, site.treatment(scope._settings.recompute)
 
 
 def _watch_input(ledger: Ledger, site: Site | None, verdict: Verdict, y: Any) -> None:
