@@ -1,12 +1,21 @@
-"""What a scope would free of what a step keeps: the rules, applied to a recording.
+"""What a scope would free of what a step keeps: it is played on a recording, step after step, until it has learned.
 
-| the recognised call's saved storage                       | what a scope stores for it           | frees     |
-| --------------------------------------------------------- | ------------------------------------ | --------- |
-| another node, the model or the user keeps it, too         | nothing: the call is left alone      | nothing   |
-| only it keeps it; the derivative has two values           | 1 bit an element, exact              | all of it |
-| only it keeps it; smooth; another node keeps the output   | 0 or 1 bit an element, see below     | all of it |
-| only it keeps it; smooth                                  | `bits` an element                    | all of it |
-| a mask that the call made (dropout), which only it keeps  | 1 bit an element, exact              | all of it |
+NOTE [ A scope, played ]
+
+What a scope does with a call depends on what others keep, and that on what the scope does with these. No rule foretells
+it; but a recording can be gone through as a scope goes through a forward, once for each step that it takes to learn.
+The learning is the scope's own (`_sites.py`), and so is what it sees in each call (`_recorder.py` asks it); what is
+played is this:
+
+| the call                                               | what is held for it                  |
+| ------------------------------------------------------ | ------------------------------------ |
+| an activation whose input another node keeps           | nothing: it is left alone            |
+| whose output another node keeps                        | 0 or 1 bit an element, see below     |
+| the same, with `recompute=True`                        | its input; the output is not kept    |
+| any other                                              | `bits` an element; 1 if two-valued   |
+| a mask (dropout)                                       | 1 bit an element                     |
+| an activation or norm that is run again                | its input                            |
+| a consumer's operand that leads to what is kept        | nothing: it is computed again        |
 
 The output and at most a bit determine the derivative: none where the function is monotone, the side of the minimum
 where it has one.
@@ -14,19 +23,34 @@ where it has one.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from . import _policy, ops
-from ._recorder import IN, Operation, Saved
+import torch
 
-BESIDE_OUTPUT = {
-    **dict.fromkeys(("gelu", "hardswish", "mish", "silu"), 1),
-    **dict.fromkeys(("celu", "elu", "logsigmoid", "selu", "softplus", "softsign", "tanhshrink"), 0),
-}
-"""Bits an element that the derivative takes beside the output."""
+from . import _policy, ops
+from ._policy import Settings
+from ._recipes import DEPTH
+from ._recording import (
+    ACTIVATION,
+    CAST,
+    CONSUMER,
+    MASK,
+    NORM,
+    SOFTMAX,
+    Operation,
+    Ref,
+    Saved,
+)
+from ._sites import Site, Verdict
+from ._treatment import SOURCE
+
+STEPS = 8
+"""Twice the steps that a chain of verdicts takes, each of which is made after two."""
 
 SHARED = "kept: somebody else keeps it"
+AGAIN, FROM_INPUT = "computed again", "computed again from its input"
 
 
 @dataclass(frozen=True)
@@ -34,8 +58,8 @@ class Prediction:
     """What a scope would do to the step.
 
     Attributes:
-        setting: "3 bits", or "exact".
-        stored_bytes: codes.
+        setting: "3 bits", "exact", "3 bits, recompute".
+        stored_bytes: codes; and what is kept so that more is freed: the input of a norm that is run again.
         freed_bytes: storages that would be gone.
         held_bytes: what would be held for the step's backward in all.
     """
@@ -51,9 +75,9 @@ class Outlook:
     """What becomes of each storage.
 
     Attributes:
-        freed: storage -> how it is coded ("3 bits", "1 bit, exact").
+        freed: storage -> what is kept in its place ("3 bits", "1 bit, exact", "computed again").
         kept: storage -> why a recognised call's is kept.
-        stored_bytes: the codes.
+        stored_bytes: the codes, and what is kept so that more is freed.
     """
 
     freed: Mapping[int, str]
@@ -62,83 +86,283 @@ class Outlook:
 
 
 def predict(
-    saved: Iterable[Saved], bits: int, *, exact: bool = False, min_bytes: int = 65536, own: Collection[int] = ()
+    operations: Sequence[Operation], saved: Iterable[Saved], settings: Settings, own: Collection[int] = ()
 ) -> Outlook:
-    """Apply the table above.
+    """Play a scope until it has learned.
 
     Args:
-        saved: what autograd keeps.
-        bits, exact, min_bytes: of the scope.
+        operations, saved: the recording.
+        settings: of the scope; its bits are a number.
         own: storages that the model or the user keeps anyway.
     """
-    saved = list(saved)
-    kept: dict[int, str] = {}
-    coded: dict[Operation, list[Saved]] = {}
+    kept_by: dict[Operation, list[Saved]] = {}
     for tensor in saved:
-        reason = _obstacle(tensor, exact, min_bytes)
-        if reason is None:
-            coded.setdefault(tensor.operation, []).append(tensor)
-        elif reason:
-            kept[tensor.storage] = reason
-    while True:  # a call that is left alone keeps its tensors, and so may leave others with nothing to free
-        chosen = {tensor for tensors in coded.values() for tensor in tensors}
-        held = {tensor.storage for tensor in saved if tensor not in chosen}.union(own)
-        width = {operation: _bits(operation, tensors, bits, held) for operation, tensors in coded.items()}
-        idle = [
-            operation
-            for operation, tensors in coded.items()
-            if sum({t.storage: t.nbytes for t in tensors if t.storage not in held}.values())
-            <= _code_bytes(operation, tensors, width[operation])
-        ]
-        if not idle:
-            break
-        for operation in idle:
-            kept.update((tensor.storage, SHARED) for tensor in coded.pop(operation))
-    freed: dict[int, str] = {}
-    stored = 0
-    for operation, tensors in coded.items():
-        stored += _code_bytes(operation, tensors, width[operation])
-        text = _text(operation, width[operation], held)
-        freed.update((tensor.storage, text) for tensor in tensors if tensor.storage not in held)
-    return Outlook(freed, kept, stored)
+        kept_by.setdefault(tensor.operation, []).append(tensor)
+    for site in {o.site for o in operations for o in (o, *o.parts) if o.site is not None}:
+        site.forget()
+        site.output_changes = False
+    for number in range(STEPS):
+        step = _Step(kept_by, settings, own)
+        for operation in operations:
+            step.play(operation)
+        step.end(number)
+    original = {tensor.storage for tensors in kept_by.values() for tensor in tensors}
+    return Outlook(
+        freed={storage: step.freed.get(storage, "") for storage in original if storage not in step.held},
+        kept={storage: text for storage, text in step.kept.items() if storage in step.held},
+        stored_bytes=step.code_bytes + sum(n for storage, n in step.held.items() if storage not in original),
+    )
 
 
-def _obstacle(tensor: Saved, exact: bool, min_bytes: int) -> str | None:
-    """Why the tensor is not coded, empty where nothing is known of it; None where it is, if nobody else keeps it."""
-    operation = tensor.operation
-    if tensor.mask:
-        return None if tensor.tensor_bytes >= max(min_bytes, 1) else _policy.SMALL
-    if operation.call is None:
-        return ""
-    if operation.reason:
-        return f"kept: {operation.reason}"
-    if operation.x_bytes < max(min_bytes, 1):
-        return _policy.SMALL
-    assert operation.call.activation is not None
-    if exact and not operation.call.activation.exact:
-        return "kept: not two-valued"
-    if tensor.leaf and tensor.role == IN:
-        return SHARED  # a variable of the user's
-    if tensor.shape != operation.x_shape and operation.call.one_node is None:
-        return ""  # beside the tensors that codes stand for
-    return None
+class _Step:
+    """A forward under a scope, played.
+
+    Attributes:
+        held: storage -> its bytes.
+        code_bytes: of the codes.
+        freed, kept: as in `Outlook`, said of storages that may be held by others all the same.
+    """
+
+    def __init__(self, kept_by: Mapping[Operation, Sequence[Saved]], settings: Settings, own: Collection[int]) -> None:
+        self._kept_by = kept_by
+        self._settings = settings
+        self._min_bytes = max(settings.min_bytes, 1)
+        self._own = own
+        self.held: dict[int, int] = {}
+        self.code_bytes = 0
+        self.freed: dict[int, str] = {}
+        self.kept: dict[int, str] = {}
+        self._keepers: Counter[int] = Counter()
+        self._waiting: list[Saved] = []
+        self._watches: list[tuple[Site, list[int], Ref, Verdict]] = []
+        self._origins: dict[int, tuple[int, tuple[Ref, ...]]] = {}
+        self._anchors: dict[int, Ref] = {}
+        self._versions: dict[int, int] = {}
+
+    def play(self, operation: Operation) -> None:
+        """Make a call."""
+        for ref in (operation.x, operation.y):
+            if ref is not None:
+                self._versions[ref.storage] = max(ref.version, self._versions.get(ref.storage, 0))
+        large = operation.x_bytes >= self._min_bytes
+        recompute = self._settings.recompute
+        if operation.parts and not (large and operation.y and (operation.kind == ACTIVATION or recompute)):
+            for part in operation.parts:
+                self.play(part)
+        elif operation.kind == ACTIVATION:
+            self._activation(operation)
+        elif operation.kind == MASK:
+            self._mask(operation)
+        elif recompute and large and operation.kind == NORM:
+            self._norm(operation)
+        elif recompute and large and operation.kind == CONSUMER:
+            self._consumer(operation)
+        else:
+            self._hold(self._tensors(operation))
+            if recompute and large and operation.kind == SOFTMAX:
+                self._anchor(*operation.keeps)
+            elif recompute and large and operation.kind == CAST:
+                self._note(operation)
+
+    def end(self, number: int) -> None:
+        """The forward is over: pack the masks that nobody holds, and let the sites learn."""
+        for tensor in self._waiting:
+            if self._keepers[tensor.storage] > 1 or tensor.storage in self._own:
+                self._hold([tensor])
+            else:
+                self._code([tensor], 1, "1 bit, exact")
+        alive = self.held.keys() | set(self._own)
+        for site, storages, y, treated in self._watches:
+            if Verdict.OUTPUT in (treated, site.expected) and self._versions[y.storage] != y.version:
+                site.output_changes = True
+                site.forget()
+            site.see(all(s in alive for s in storages), y.storage in alive, treated, number)
+
+    # --- the calls ---
+
+    def _activation(self, operation: Operation) -> None:
+        saved, settings, x, y = self._tensors(operation), self._settings, operation.x, operation.y
+        if not saved or x is None or y is None:
+            return
+        if operation.x_bytes < self._min_bytes:
+            self._hold(saved, _policy.SMALL)
+        elif operation.reason:
+            self._leave(operation, f"kept: {operation.reason}")
+        elif settings.exact and not operation.exact and operation.parts:
+            self._again(operation)
+        elif settings.exact and not operation.exact:
+            self._leave(operation, "kept: not two-valued")
+        else:
+            self._treat(operation, saved, x, y)
+
+    def _treat(self, operation: Operation, saved: list[Saved], x: Ref, y: Ref) -> None:
+        site = operation.site
+        verdict = site.treatment(self._settings.recompute) if site is not None else Verdict.UNKNOWN
+        if verdict is Verdict.INPUT and operation.exact:
+            verdict = Verdict.OUTPUT
+        if verdict in (Verdict.LEAVE, Verdict.INPUT):
+            reason = SHARED if verdict is Verdict.LEAVE else f"kept: {SOURCE}"
+            if operation.one_node:
+                self._again(operation)
+                self.kept[x.storage] = reason
+            else:
+                self._leave(operation, reason)
+            if verdict is Verdict.INPUT:
+                self._watch(operation, [], verdict)
+            return
+        beside = operation.beside if verdict is Verdict.OUTPUT else None
+        bits = beside if beside is not None else 1 if operation.exact else self._bits
+        if operation.one_node:
+            coded = saved
+        else:  # beside them some keep tensors of another shape
+            coded = [tensor for tensor in saved if tensor.shape == operation.x_shape]
+            self._hold([tensor for tensor in saved if tensor.shape != operation.x_shape])
+            if not coded:
+                return
+            if ops.packed_bytes(coded[0].numel, bits) >= coded[0].nbytes:
+                self._hold(coded)
+                return
+        text = _count(bits)
+        text += " beside the output" if beside is not None else ""
+        self._code(coded, bits, text + (", exact" if operation.exact else ""), operation.x_shape)
+        if beside is not None:
+            self.held[y.storage] = y.nbytes
+        storages = [x.storage] if operation.one_node else [tensor.storage for tensor in coded]
+        self._watch(operation, storages, Verdict.CODES if beside is None else Verdict.OUTPUT)
+
+    def _leave(self, operation: Operation, reason: str) -> None:
+        self._hold(self._tensors(operation), reason)
+        x, y = operation.x, operation.y
+        if operation.saves_input and x is not None and y is not None and x.storage != y.storage:
+            self._anchor(x)
+            if not operation.parts:
+                self._note(operation)
+
+    def _again(self, operation: Operation) -> None:
+        """Run as one node that keeps its input."""
+        assert operation.x is not None
+        self.held[operation.x.storage] = operation.x.nbytes
+        for tensor in self._tensors(operation):
+            self.freed.setdefault(tensor.storage, FROM_INPUT)
+        self._anchor(operation.x)
+        self._note(operation)
+
+    def _norm(self, operation: Operation) -> None:
+        saved = self._tensors(operation)
+        if operation.one_node and saved:
+            self._again(operation)
+        else:
+            self._hold(saved)
+            self._anchor(*operation.keeps)
+            self._note(operation)
+
+    def _mask(self, operation: Operation) -> None:
+        packed = False
+        for tensor in self._tensors(operation):
+            if not tensor.mask or ops.packed_bytes(tensor.numel, 1) >= tensor.nbytes:
+                self._hold([tensor])
+            elif tensor.tensor_bytes < self._min_bytes:
+                self._hold([tensor], _policy.SMALL)
+            elif operation.waits:
+                self._keepers[tensor.storage] += 1
+                self._waiting.append(tensor)
+            else:
+                packed = True
+                self._code([tensor], 1, "1 bit, exact")
+        self._anchor(*operation.keeps)
+        if packed:
+            self._note(operation)
+
+    def _consumer(self, operation: Operation) -> None:
+        site, saved = operation.site, self._tensors(operation)
+        recipes: dict[int, tuple[Ref, list[Ref]]] = {}
+        for ref in operation.operands:
+            leaves = self._leaves(ref, DEPTH) if not self._is_kept(ref.storage) else None
+            if leaves is not None:
+                recipes[ref.storage] = ref, leaves
+        if not recipes or (site is not None and site.verdict is Verdict.LEAVE):
+            self._hold(saved)
+            if not operation.autocast:
+                self._anchor(*operation.operands)
+        else:
+            replaced = []
+            for tensor in saved:
+                recipe = recipes.get(tensor.copy_of or tensor.storage)
+                if recipe is None or (not tensor.copy_of and recipe[0].dtype != tensor.dtype):
+                    self._hold([tensor])
+                    self._anchor(*(ref for ref in operation.operands if ref.storage == tensor.storage))
+                else:
+                    replaced.append(tensor.storage)
+                    self.freed.setdefault(tensor.storage, AGAIN)
+                    self.held.update((leaf.storage, leaf.nbytes) for leaf in recipe[1])
+            if replaced:
+                self._watch(operation, replaced, Verdict.UNKNOWN)
+        self._note(operation)
+
+    # --- what they do ---
+
+    def _tensors(self, operation: Operation) -> list[Saved]:
+        return [tensor for o in (operation, *operation.parts) for tensor in self._kept_by.get(o, ())]
+
+    def _hold(self, tensors: Iterable[Saved], reason: str = "") -> None:
+        for tensor in tensors:
+            self._keepers[tensor.storage] += 1
+            self.held[tensor.storage] = tensor.nbytes
+            if reason:
+                self.kept[tensor.storage] = reason
+
+    def _code(self, tensors: Sequence[Saved], bits: int, text: str, shape: torch.Size | None = None) -> None:
+        if tensors:
+            self.code_bytes += ops.packed_bytes((shape or tensors[0].shape).numel(), bits)
+        for tensor in tensors:
+            self.freed[tensor.storage] = text
+            self.kept.setdefault(tensor.storage, SHARED)
+
+    def _watch(self, operation: Operation, storages: list[int], treated: Verdict) -> None:
+        if operation.site is not None and operation.y is not None:
+            self._watches.append((operation.site, storages, operation.y, treated))
+
+    # --- recipes ---
+
+    def _anchor(self, *refs: Ref) -> None:
+        if self._settings.recompute:
+            self._anchors.update((ref.storage, ref) for ref in refs)
+
+    def _note(self, operation: Operation) -> None:
+        y = operation.y
+        if y is not None and operation.sources and all(ref.storage != y.storage for ref in operation.sources):
+            self._origins[y.storage] = y.version, operation.sources
+
+    def _is_kept(self, storage: int) -> bool:
+        return storage in self._anchors and (storage in self.held or storage in self._own)
+
+    def _leaves(self, ref: Ref, depth: int) -> list[Ref] | None:
+        """The kept tensors from which one can be computed again; None where it cannot."""
+        version, sources = self._origins.get(ref.storage, (-1, ()))
+        if depth == 0 or not sources or version != ref.version:
+            return None
+        leaves: list[Ref] = []
+        for source in sources:
+            found = self._leaf(source, depth - 1)
+            if found is None:
+                return None
+            leaves += found
+        return leaves
+
+    def _leaf(self, source: Ref, depth: int) -> list[Ref] | None:
+        if source.parameter:
+            return []
+        kept = self._anchors.get(source.storage)
+        changed = self._versions.get(source.storage, source.version) != source.version
+        if kept is not None and self._is_kept(source.storage) and kept.dtype == source.dtype and not changed:
+            return [source]
+        return self._leaves(source, depth)
+
+    @property
+    def _bits(self) -> int:
+        assert isinstance(self._settings.bits, int)
+        return self._settings.bits
 
 
-def _bits(operation: Operation, tensors: list[Saved], bits: int, held: Collection[int]) -> int:
-    if tensors[0].mask or operation.call is None or operation.call.activation is None:
-        return 1
-    if operation.call.activation.exact:
-        return 1
-    return BESIDE_OUTPUT.get(operation.name, bits) if operation.output in held else bits
-
-
-def _code_bytes(operation: Operation, tensors: list[Saved], bits: int) -> int:
-    shape = operation.x_shape if operation.x_shape is not None else tensors[0].shape
-    return ops.packed_bytes(shape.numel(), bits)
-
-
-def _text(operation: Operation, bits: int, held: Collection[int]) -> str:
-    count = f"{bits} bit" + ("" if bits == 1 else "s")
-    if operation.call is None or operation.call.activation is None or operation.call.activation.exact:
-        return f"{count}, exact"
-    return f"{count} beside the output" if operation.output in held and operation.name in BESIDE_OUTPUT else count
+def _count(bits: int) -> str:
+    return f"{bits} bit" + ("" if bits == 1 else "s")

@@ -5,6 +5,10 @@ keeps. Together they know both. For a profile, and only for one, the hooks are o
 hands autograd a `Kept` in place of the tensor, of which the recorder holds a weak reference: what is dropped of the
 graph before the forward ends was not kept, and is not counted.
 
+Beside what is kept, the recorder writes down what a scope would ask of each call (`_recording.py`): what it is
+recognised as, what its result can be computed again from. Modules that a scope runs as one node hand it their forward
+(`run_composite`), so that what their primitives keep is known as theirs.
+
 Custom autograd Functions are no torch calls; the Python frame of their `apply` names them. What they keep as
 attributes of `ctx`, and not by `save_for_backward`, passes no hook.
 """
@@ -24,74 +28,34 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from . import _policy, ops
+from . import _composites, _policy, _recompute, _stack, _treatment, ops
 from ._calls import BACKWARD, RECOGNISED, Call
+from ._composites import Composite
 from ._hooks import Kept, unpack
 from ._mask_calls import MaskCall
-from ._modules import ModuleRef, innermost_module, outermost_module
+from ._masks import PLAIN_DROPOUT
+from ._modules import innermost_module, outermost_module
+from ._recompute import RECOMPUTE, RecomputeCall
+from ._recording import (
+    ACTIVATION,
+    CAST,
+    CHANGE,
+    CONSUMER,
+    IN,
+    MADE,
+    MASK,
+    NORM,
+    OUT,
+    SOFTMAX,
+    Operation,
+    Ref,
+    Saved,
+)
+from ._sites import Sites
 
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 UNSEEN = "(no torch call)"
 """What is saved neither by a torch call nor by a custom Function: scripted functions, C++ extensions."""
-
-IN, OUT, MADE = "input", "output", "made by the call"
-
-
-@dataclass(eq=False, slots=True)
-class Operation:
-    """One call that keeps something for backward.
-
-    Attributes:
-        name: of the torch call, the activation or the custom Function.
-        module, model: the innermost and the outermost module it was made in.
-        call: what the scope recognises it as; None otherwise.
-        reason: why a scope would keep a recognised call exact; empty where it would not.
-        x_bytes, x_shape: of a recognised call's input.
-        output: the storage of its output.
-        custom: it is a custom autograd Function.
-    """
-
-    name: str
-    module: ModuleRef | None
-    model: ModuleRef | None
-    call: Call | None = None
-    reason: str = ""
-    x_bytes: int = 0
-    x_shape: torch.Size | None = None
-    output: int = 0
-    custom: bool = False
-
-
-@dataclass(eq=False, slots=True)
-class Saved:
-    """One tensor that an operation keeps.
-
-    Attributes:
-        storage, nbytes: the storage that it is in, all of it.
-        role: what it is to the operation: its input, its output, or made by the call.
-        leaf: it is not the result of an operation that autograd records.
-        mask: it has two values, one of them 0, so that a bit an element is exact.
-    """
-
-    operation: Operation
-    held: weakref.ref[Kept]
-    storage: int
-    nbytes: int
-    dtype: torch.dtype
-    shape: torch.Size
-    leaf: bool
-    role: str = MADE
-    mask: bool = False
-
-    @property
-    def numel(self) -> int:
-        """Elements of the tensor."""
-        return self.shape.numel()
-
-    @property
-    def tensor_bytes(self) -> int:
-        """Bytes of the tensor, which may be a part of its storage."""
-        return self.numel * self.dtype.itemsize
 
 
 @dataclass(slots=True)
@@ -100,10 +64,23 @@ class _Current:
 
     function: Any
     call: Call | None
+    again: RecomputeCall | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     operation: Operation | None = None
     first: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of the activation, or else torch's own."""
+        activation = self.call is not None and not isinstance(self.call, MaskCall)
+        return self.call.name if activation and self.call is not None else _name(self.function)
+
+    @property
+    def changes(self) -> bool:
+        """By its name it changes its first argument."""
+        name = getattr(self.function, "__name__", "")
+        return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
 
 class Recorder(TorchFunctionMode):
@@ -111,6 +88,7 @@ class Recorder(TorchFunctionMode):
 
     Attributes:
         saved: what is kept at the end, in the order of saving.
+        operations: the calls, in their order; those of primitives are parts of their module's.
         own: the storages of parameters and buffers.
         opaque: custom autograd Functions in the graph: name -> nodes.
         others: calls that ran inside other people's saved-tensor hooks: whose -> calls.
@@ -120,6 +98,7 @@ class Recorder(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.saved: list[Saved] = []
+        self.operations: list[Operation] = []
         self.own: set[int] = set()
         self.opaque: Counter[str] = Counter()
         self.others: Counter[str] = Counter()
@@ -127,10 +106,15 @@ class Recorder(TorchFunctionMode):
         self.frozen = False
         self._weak: dict[int, StorageWeakRef] = {}  # keeps the address of a storage that is gone from being used again
         self._current: _Current | None = None
+        self._within: Operation | None = None
+        self._sites = Sites()
         self._pack_hook = self._pack  # one bound method, to be recognised as the innermost hook
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack_hook, unpack)
 
     def __enter__(self) -> Recorder:
+        _composites.find_built_in()
+        self._stacked = _stack.recording(self)
+        self._stacked.__enter__()
         self._modules = nn.modules.module.register_module_forward_pre_hook(self._note_module)
         self._hooks.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -142,6 +126,7 @@ class Recorder(TorchFunctionMode):
         super().__exit__(kind, value, traceback)  # type: ignore[no-untyped-call]
         self._hooks.__exit__(kind, value, traceback)
         self._modules.remove()
+        self._stacked.__exit__(kind, value, traceback)
 
     def freeze(self, roots: Iterable[Tensor]) -> None:
         """The forward is over: strike off what is no longer kept, and look at the nodes of the graph."""
@@ -166,22 +151,44 @@ class Recorder(TorchFunctionMode):
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
         call = RECOGNISED.get(func)
-        if isinstance(call, MaskCall):
-            call = None  # its masks are known by what they are
         if call is BACKWARD:
             self.freeze(tensors_in(args[:1] or tuple(kwargs.values())[:1]))
         if self.frozen or not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        outer, self._current = self._current, _Current(func, call, args, kwargs, first=len(self.saved))
+        again = RECOMPUTE.get(func) if call is None else None
+        outer, self._current = self._current, _Current(func, call, again, args, kwargs, first=len(self.saved))
         try:
             result = func(*args, **kwargs)
-            if self._current.operation is not None:
+            if self._current.operation is None and not _is_attribute(func):
+                innermost = _policy.innermost_hooks()
+                if innermost is not self._pack_hook:
+                    self.others[getattr(innermost, "__module__", "")] += 1
+            with torch._C.DisableTorchFunction():
                 self._finish(self._current, result)
-            elif (innermost := _policy.innermost_hooks()) is not self._pack_hook and not _is_attribute(func):
-                self.others[getattr(innermost, "__module__", "")] += 1
             return result
         finally:
             self._current = outer
+
+    def run_composite(
+        self, composite: Composite, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the forward of a module that a scope would run as one node."""
+        operation = None
+        if self._within is None and not self.frozen:
+            with torch._C.DisableTorchFunction():
+                operation = self._composite(composite, module, args, kwargs)
+        if operation is None:
+            return composite.forward(module, *args, **kwargs)
+        self._within = operation
+        try:
+            y = composite.forward(module, *args, **kwargs)
+        finally:
+            self._within = None
+        self.operations.append(operation)
+        if isinstance(y, Tensor):
+            with torch._C.DisableTorchFunction():
+                operation.y = self._ref(y)
+        return y
 
     def _pack(self, t: Tensor) -> Kept:
         with torch._C.DisableTorchFunction():
@@ -193,51 +200,193 @@ class Recorder(TorchFunctionMode):
                 if key := self._key(t):
                     nbytes = t.untyped_storage().nbytes()
                     self.saved.append(Saved(operation, weakref.ref(held), key, nbytes, t.dtype, t.shape, leaf))
+                    self.saved[-1].copy_of = self._copied(t)
                 else:
                     self.uncounted[str(t.layout).removeprefix("torch.")] += 1
         return held
 
     def _operation(self, frame: FrameType | None) -> Operation:
-        current = self._current
-        if current is not None and current.operation is not None:
-            return current.operation
-        custom = current is None and frame is not None and frame.f_code is _APPLY
-        if current is not None:
-            name = current.call.name if current.call is not None else _name(current.function)
-        else:
-            name = frame.f_locals["cls"].__name__ if custom and frame is not None else UNSEEN
+        """That of the running call, or of the custom Function that saves a tensor."""
+        if self._current is not None:
+            if self._current.operation is None:
+                self._current.operation = self._new(self._current.name)
+            return self._current.operation
+        custom = frame is not None and frame.f_code is _APPLY
+        name = frame.f_locals["cls"].__name__ if custom and frame is not None else UNSEEN
+        operation = self._new(name, custom=custom)
+        self._append(operation)
+        return operation
+
+    def _new(self, name: str, **what: Any) -> Operation:
         module, model = innermost_module(), outermost_module()
-        operation = Operation(
+        return Operation(
             name,
             weakref.ref(module) if module is not None else None,
             weakref.ref(model) if model is not None else None,
-            custom=custom,
+            within=self._within,
+            **what,
         )
-        if current is not None:
-            current.operation = operation
-        return operation
+
+    def _append(self, operation: Operation) -> None:
+        (self.operations if self._within is None else self._within.parts).append(operation)
 
     def _finish(self, current: _Current, result: Any) -> None:
-        """The call is over: what were the tensors to it, and would a scope take it?"""
-        operation, call = current.operation, current.call
-        assert operation is not None
-        inputs = {self._key(t) for t in tensors_in((current.args, current.kwargs))}
-        outputs = [self._key(t) for t in tensors_in(result)]
-        operation.output = outputs[0] if outputs else 0
-        for saved in self.saved[current.first :]:
-            saved.role = OUT if saved.storage in outputs else IN if saved.storage in inputs else MADE
-            held = saved.held()
-            if saved.role == MADE and held is not None:
-                saved.mask = _is_mask(held.tensor, operation.name)
-        if call is None or not isinstance(x := call.input(current.args, current.kwargs), Tensor):
+        """The call is over: what were the tensors to it, and what would a scope see in it?"""
+        if current.operation is not None:
+            inputs = {self._key(t) for t in tensors_in((current.args, current.kwargs))}
+            outputs = {self._key(t) for t in tensors_in(result)}
+            for saved in self.saved[current.first :]:
+                saved.role = OUT if saved.storage in outputs else IN if saved.storage in inputs else MADE
+        y = result if isinstance(result, Tensor) else None
+        if isinstance(current.call, MaskCall):
+            what = self._mask_call(current, current.call, y)
+        elif current.call is not None:
+            what = self._activation(current, current.call, y)
+        elif current.again is not None:
+            what = self._again(current, current.again, y)
+        else:
+            what = {"kind": CHANGE} if current.changes and current.args and y is current.args[0] else {}
+        if current.operation is None and not what:
             return
-        operation.call, operation.x_bytes, operation.x_shape = call, x.numel() * x.element_size(), x.shape
-        operation.reason = _policy.obstacle(x, self._pack_hook)
-        if not operation.reason:
-            try:
-                _policy.make_plan(_policy.Settings(), call, current.function, current.args, current.kwargs, x)
-            except _policy.Keep as keep:
-                operation.reason = str(keep)
+        operation = self._operation(None)
+        for key, value in what.items():
+            setattr(operation, key, value)
+        if what and y is not None:
+            operation.y = self._ref(y)
+        self._append(operation)
+
+    def _activation(self, current: _Current, call: Call, y: Tensor | None) -> dict[str, Any]:
+        args, kwargs = current.args, current.kwargs
+        x = call.input(args, kwargs)
+        if not isinstance(x, Tensor) or not x.requires_grad or y is None:
+            return {}
+        what = self._input(ACTIVATION, call, x)
+        if what.get("reason") in _treatment.NO_BYTES:
+            return {}
+        if not what["reason"]:
+            what |= self._plan(call, current.function, args, kwargs, x)
+        what["one_node"] = call.one_node is not None
+        rest = {key: value for key, value in kwargs.items() if key not in ("input", "self")}
+        if what["saves_input"] and _recompute.takes_one_tensor(args, rest):
+            what["sources"] = (what["x"],)
+        return what
+
+    def _input(self, kind: str, call: Call | RecomputeCall | Composite, x: Tensor) -> dict[str, Any]:
+        activation = call.activation if isinstance(call, Call) else None
+        return {
+            "kind": kind,
+            "reason": _policy.obstacle(x, self._pack_hook),
+            "site": self._sites.find(call.name, 0),
+            "x": self._ref(x),
+            "x_bytes": x.numel() * x.element_size(),
+            "x_shape": x.shape,
+            "exact": activation is not None and activation.exact,
+            "saves_input": activation is not None and activation.saves == "input",
+        }
+
+    def _plan(
+        self, call: Call, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
+    ) -> dict[str, Any]:
+        try:
+            plan = _policy.make_plan(_policy.Settings(), call, function, args, kwargs, x)
+            if call.one_node is not None and plan.captures(x):
+                raise _policy.Keep(_policy.CAPTURED)
+        except _policy.Keep as keep:
+            return {"reason": str(keep)}
+        inverse = plan.inverse(x)
+        return {"beside": inverse.bits if inverse is not None else None}
+
+    def _composite(
+        self, composite: Composite, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Operation | None:
+        """What a scope would see in such a module; None where it would look at its primitives."""
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if len(args) + len(kwargs) != 1 or not isinstance(x, Tensor) or not x.requires_grad or _policy.traced():
+            return None
+        call = composite.call
+        what = self._input(NORM if call is None else ACTIVATION, call or composite, x)
+        if what["reason"] in _treatment.NO_BYTES:
+            return None
+        if not what["reason"]:
+            facts = _composites.look_at(composite, module, x)
+            what["reason"] = facts.reason
+            if not facts.gains(composite) and not facts.reason:
+                return None
+        if call is None:
+            if what["reason"] or not _composites.has_plain_parameters(module):
+                return None
+            parameters = [self._ref(p) for p in module._parameters.values() if p is not None]
+            what["sources"] = (what["x"], *parameters)
+        elif not what["reason"]:
+            assert call.activation is not None
+            what |= self._plan(call, call.activation.function, (x,), dict(composite.parameters), x)
+            what["sources"] = (what["x"],)
+        return self._new(composite.name, one_node=True, **what)
+
+    def _mask_call(self, current: _Current, call: MaskCall, y: Tensor | None) -> dict[str, Any]:
+        given = call.given(current.args, current.kwargs)
+        tensors = [value for value in given.values() if isinstance(value, Tensor)]
+        x = next((t for t in tensors if t.requires_grad), None)
+        if x is None or call.draws_nothing(given):
+            return {}
+        foreign = next((t for t in tensors if type(t) not in (Tensor, nn.Parameter)), x.detach())
+        if _policy.obstacle(foreign, self._pack_hook) or _policy.traced():
+            return {}
+        for saved in self.saved[current.first :]:
+            held = saved.held()
+            if held is not None:
+                saved.mask = saved.dtype is torch.bool if call.mask else saved.role == MADE and _is_mask(held.tensor)
+        what: dict[str, Any] = {"kind": MASK, "waits": call.returns or bool(call.mask)}
+        if call.name == "scaled_dot_product_attention":
+            what["keeps"] = tuple(self._ref(t) for t in _recompute.kept_by_attention(given, y))
+        elif current.function in PLAIN_DROPOUT and y is not None and not given.get("inplace"):
+            what["sources"] = (self._ref(x),)
+        return what
+
+    def _again(self, current: _Current, call: RecomputeCall, y: Tensor | None) -> dict[str, Any]:
+        """What a scope with `recompute=True` would ask of the call."""
+        args, kwargs = current.args, current.kwargs
+        admitted = _recompute.admits(args, kwargs, 1, self._pack_hook)
+        if admitted is None or y is None:
+            return {}
+        x, tensors = admitted
+        what: dict[str, Any] = {"x_bytes": x.numel() * x.element_size()}
+        if call.kind == "norm":
+            norm = _recompute.look_at_norm(call, current.function, args, kwargs)
+            if norm is None:
+                return {}
+            x = args[0]
+            sources = tuple(self._ref(t) for t in (x, *norm.parameters))
+            what |= {"kind": NORM, "x": sources[0], "sources": sources, "one_node": norm.as_one_node}
+            what["keeps"] = sources[:1] if norm.keeps_x else ()
+        elif call.kind == "softmax":
+            tensors = [held.tensor for saved in self.saved[current.first :] if (held := saved.held()) is not None]
+            what |= {"kind": SOFTMAX, "keeps": tuple(self._ref(t) for t in tensors)}
+        elif call.kind == "cast":
+            if not _recompute.is_cast(x, y, args):
+                return {}
+            what |= {"kind": CAST, "sources": (self._ref(x),)}
+        else:
+            operands = _recompute.saved_operands(call, tensors)
+            what |= {"kind": CONSUMER, "operands": tuple(self._ref(t) for t in operands)}
+            what["site"] = self._sites.find(call.name, 0)
+            what["autocast"] = torch.is_autocast_enabled(x.device.type)
+            if call.kind == "product" and _recompute.are_factors(tensors, kwargs):
+                what["sources"] = tuple(self._ref(t) for t in tensors)
+        return what
+
+    def _copied(self, t: Tensor) -> int:
+        """The storage of the operand that a consumer's saved tensor is autocast's copy of."""
+        current = self._current
+        if current is None or current.again is None or not torch.is_autocast_enabled(t.device.type):
+            return 0
+        operands = (o for o in (*current.args, *current.kwargs.values()) if isinstance(o, Tensor))
+        return next((self._key(o) for o in operands if _recompute.is_autocast_of(t, o)), 0)
+
+    def _ref(self, t: Tensor) -> Ref:
+        key = self._key(t)
+        nbytes = t.untyped_storage().nbytes() if key else 0
+        return Ref(key, nbytes, 0 if t.is_inference() else t._version, t.dtype, isinstance(t, nn.Parameter))
 
     def _key(self, t: Tensor) -> int:
         """The address of the storage, its name as long as the recorder lives; 0 where there is none."""
@@ -253,14 +402,11 @@ class Recorder(TorchFunctionMode):
         self.note_own(module.buffers(recurse=False))
 
 
-ATTENTION = ("scaled_dot_product_attention", "multi_head_attention_forward")
-
-
-def _is_mask(t: Tensor, operation: str) -> bool:
+def _is_mask(t: Tensor) -> bool:
     if t.dtype is torch.bool:
         return True
-    draws_a_mask = "dropout" in operation or operation in ATTENTION
-    return draws_a_mask and t.dtype in _policy.DTYPES and t.numel() > 0 and ops.second_value(t) is not None
+    # on CUDA the host would have to wait to see it
+    return not t.is_cuda and t.dtype in _policy.DTYPES and t.numel() > 0 and ops.second_value(t) is not None
 
 
 def _is_attribute(function: Any) -> bool:
