@@ -327,8 +327,10 @@ class Recorder(TorchFunctionMode):
         given = call.given(current.args, current.kwargs)
         tensors = [value for value in given.values() if isinstance(value, Tensor)]
         x = next((t for t in tensors if t.requires_grad), None)
+        keeps = _recompute.kept_by_attention(given, y) if call.name == "scaled_dot_product_attention" else []
+        what: dict[str, Any] = {"kind": MASK, "keeps": tuple(map(self._ref, keeps))}
         if x is None or call.draws_nothing(given):
-            return {}
+            return what if keeps else {}
         foreign = next((t for t in tensors if type(t) not in (Tensor, nn.Parameter)), x.detach())
         if _policy.obstacle(foreign, self._pack_hook) or _policy.traced():
             return {}
@@ -336,10 +338,8 @@ class Recorder(TorchFunctionMode):
             held = saved.held()
             if held is not None:
                 saved.mask = saved.dtype is torch.bool if call.mask else saved.role == MADE and _is_mask(held.tensor)
-        what: dict[str, Any] = {"kind": MASK, "waits": call.returns or bool(call.mask)}
-        if call.name == "scaled_dot_product_attention":
-            what["keeps"] = tuple(self._ref(t) for t in _recompute.kept_by_attention(given, y))
-        elif current.function in PLAIN_DROPOUT and y is not None and not given.get("inplace"):
+        what["waits"] = call.returns or bool(call.mask)
+        if current.function in PLAIN_DROPOUT and y is not None and not given.get("inplace"):
             what["sources"] = (self._ref(x),)
         return what
 
@@ -378,7 +378,7 @@ class Recorder(TorchFunctionMode):
     def _copied(self, t: Tensor) -> int:
         """The storage of the operand that a consumer's saved tensor is autocast's copy of."""
         current = self._current
-        if current is None or current.again is None or not torch.is_autocast_enabled(t.device.type):
+        if current is None or current.again is None or t.grad_fn is None:
             return 0
         operands = (o for o in (*current.args, *current.kwargs.values()) if isinstance(o, Tensor))
         return next((self._key(o) for o in operands if _recompute.is_autocast_of(t, o)), 0)
