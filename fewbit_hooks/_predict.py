@@ -36,6 +36,7 @@ from ._recording import (
     ACTIVATION,
     CAST,
     CONSUMER,
+    IN,
     MASK,
     NORM,
     SOFTMAX,
@@ -47,7 +48,8 @@ from ._sites import Site, Verdict
 from ._treatment import SOURCE
 
 STEPS = 8
-"""Twice the steps that a chain of verdicts takes, each of which is made after two."""
+"""Forwards that are played. An activation's verdict takes two; that of a consumer behind it, two more; that its output
+stays for all that, one."""
 
 SHARED = "kept: somebody else keeps it"
 AGAIN, FROM_INPUT = "computed again", "computed again from its input"
@@ -95,9 +97,13 @@ def predict(
         settings: of the scope; its bits are a number.
         own: storages that the model or the user keeps anyway.
     """
+    saved = list(saved)
     kept_by: dict[Operation, list[Saved]] = {}
     for tensor in saved:
         kept_by.setdefault(tensor.operation, []).append(tensor)
+    # a leaf that requires grad is kept by its own node, which accumulates the gradient
+    leaves = {t.storage for t in saved if t.leaf and t.role == IN and t.operation.kind == ACTIVATION}
+    own = leaves.union(own)
     for site in {o.site for o in operations for o in (o, *o.parts) if o.site is not None}:
         site.forget()
         site.output_changes = False
@@ -106,11 +112,13 @@ def predict(
         for operation in operations:
             step.play(operation)
         step.end(number)
-    original = {tensor.storage for tensors in kept_by.values() for tensor in tensors}
+    original = {tensor.storage for tensor in saved}
+    held = own.union(step.held)
+    added = sum(nbytes for storage, nbytes in step.held.items() if storage not in original and storage not in own)
     return Outlook(
-        freed={storage: step.freed.get(storage, "") for storage in original if storage not in step.held},
-        kept={storage: text for storage, text in step.kept.items() if storage in step.held},
-        stored_bytes=step.code_bytes + sum(n for storage, n in step.held.items() if storage not in original),
+        freed={storage: step.freed.get(storage, "") for storage in original if storage not in held},
+        kept={storage: text for storage, text in step.kept.items() if storage in held},
+        stored_bytes=step.code_bytes + added,
     )
 
 
@@ -182,9 +190,11 @@ class _Step:
 
     def _activation(self, operation: Operation) -> None:
         saved, settings, x, y = self._tensors(operation), self._settings, operation.x, operation.y
-        if not saved or x is None or y is None:
-            return
-        if operation.x_bytes < self._min_bytes:
+        if x is None or y is None:
+            self._hold(saved)
+        elif not saved:
+            return  # its graph was dropped
+        elif operation.x_bytes < self._min_bytes:
             self._hold(saved, _policy.SMALL)
         elif operation.reason:
             self._leave(operation, f"kept: {operation.reason}")
