@@ -1,10 +1,10 @@
-"""Modules that compute an activation or a norm from primitives, run as one node.
+"""Modules that compute an activation or a norm from primitives, treated as a whole.
 
 NOTE [ Composites by module class ]
 
 A mode sees the primitives, not what they add up to; the module's class says it. So `cls.forward` is replaced, once, by
 a function that calls the original outside of any scope (and under torch.compile), and inside one has the original
-run as one node (`_one_node.py`). No formula is copied.
+run as one node (`_one_node.py`) or so that it can be run again (`_again.py`). No formula is copied.
 
 1. The classes are those of `register_module`, and those of a built-in table, which are looked for among the modules
    already imported whenever a scope is entered. Nothing is imported for it.
@@ -46,7 +46,7 @@ Forward = Callable[..., Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Composite:
-    """A module class that is run as one node.
+    """A module class that is treated as a whole.
 
     Attributes:
         name: of the activation; for any other module, as reports name it.
@@ -83,7 +83,7 @@ _facts: weakref.WeakKeyDictionary[nn.Module, dict[Any, Facts]] = weakref.WeakKey
 def register_module(
     cls: type[nn.Module], activation: str | None = None, *, name: str | None = None, **parameters: Parameter
 ) -> type[nn.Module]:
-    """Have a module class that computes an activation or a norm from primitives run as one node. Also a decorator.
+    """Have a module class that computes an activation or a norm from primitives treated as a whole.
 
     >>> import torch, fewbit_hooks as fewbit
     >>> class TanhGELU(torch.nn.Module):
@@ -96,10 +96,10 @@ def register_module(
     >>> memory.report().stored_bytes == 256 * 256 * 3 // 8
     True
 
-    The module's own forward runs, unrecorded, so that the result is bit for bit what it was. For backward, in place of
-    all that its primitives would save, a scope keeps what it keeps of the activation: codes of the input, or, where
-    another node keeps the output, that and a bit. With `exact=True`, and for modules that are no activation, it keeps
-    the input (and parameters), and runs the forward again to differentiate it.
+    The module's own forward runs, so that the result is bit for bit what it was. For backward, in place of all that its
+    primitives would save, a scope keeps what it keeps of the activation: codes of the input, or, where another node
+    keeps the output, that and a bit. With `exact=True`, and for modules that are no activation, it keeps the input (and
+    parameters), and runs the forward again for what its nodes need: gradients are bit for bit stock PyTorch's.
 
     Args:
         cls: its forward takes one tensor, returns a new one of the same shape, and depends on nothing but the tensor
@@ -194,12 +194,12 @@ def _run(
     except Keep as keep:
         ledger.passed(composite.name, str(keep), 0)
         return run_it()
-    if facts.extra + facts.keeps_x - 1.0 < _recompute.ONE_NODE_GAIN:
+    if facts.extra + facts.keeps_x - 1.0 < _recompute.GAIN:
         return run_it()
     names = [name for name, _ in own]
     parameters: list[Tensor] = [p for _, p in own if p is not None]
     forward = functools.partial(_with_parameters, composite.forward, module, names)
-    return _recompute.one_node(ledger, composite.name, forward, x, parameters, facts.extra, facts.keeps_x)
+    return _recompute.again(ledger, composite.name, run_it, forward, x, parameters, facts.extra, facts.keeps_x)
 
 
 def _run_activation(

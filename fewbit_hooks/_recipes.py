@@ -73,22 +73,22 @@ class Part(Protocol):
 class Leaf:
     """A kept tensor, and its version."""
 
-    __slots__ = ("_tensor", "_version")
+    __slots__ = ("__weakref__", "tensor", "version")
 
     def __init__(self, tensor: Tensor, version: int) -> None:
-        self._tensor = tensor.detach()
-        self._version = version
+        self.tensor = tensor.detach()
+        self.version = version
 
     def value(self) -> Tensor:
         """The tensor, unless it has been changed."""
-        if self._tensor._version != self._version:
+        if self.tensor._version != self.version:
             raise FewbitRuntimeError(
-                f"a tensor of shape {list(self._tensor.shape)}, from which others are computed again for backward, has "
-                f"been modified by an inplace operation: it is at version {self._tensor._version}, expected "
-                f"{self._version}. Replace the inplace operation by its out-of-place form, or run the module under "
+                f"a tensor of shape {list(self.tensor.shape)}, from which others are computed again for backward, has "
+                f"been modified by an inplace operation: it is at version {self.tensor._version}, expected "
+                f"{self.version}. Replace the inplace operation by its out-of-place form, or run the module under "
                 "`with fewbit_hooks.scope(bits=None):`."
             )
-        return self._tensor
+        return self.tensor
 
 
 class Recipe:
@@ -255,7 +255,7 @@ class _Known(threading.local):
     def anchor(self, storage: int) -> Tensor | None:
         ref = self.anchors.get(storage)
         kept = ref() if ref is not None else None
-        if isinstance(kept, Kept):
+        if isinstance(kept, (Kept, Leaf)):
             kept = kept.tensor
         if kept is None or kept.untyped_storage()._cdata != storage:  # the address may name another storage by now
             return None
@@ -280,7 +280,7 @@ def note(y: Tensor, run: Run, sources: Sequence[Tensor], others: Sequence[Any] =
 
 
 def anchor(t: Tensor, keeper: Any = None) -> None:
-    """A node keeps `t`, by itself or in the `Kept` that it was given."""
+    """A node keeps `t`, by itself or in a `Kept` or `Leaf` that it was given."""
     _known.anchors[t.untyped_storage()._cdata] = weakref.ref(keeper if keeper is not None else t)
     _known.purge()
 

@@ -1,7 +1,7 @@
 """Calls that matter under `recompute=True`: what makes a tensor that can be computed again, and what would save it.
 
     norm        anchors its input; what it returns has a recipe. Where the native node is none (an RMSNorm that is
-                decomposed, a norm whose input autocast casts) it is run as one node
+                decomposed, a norm whose input autocast casts) it is run again
     softmax     anchors its output
     cast        what it returns has a recipe
     product     saves both factors, by recipe where they have one; what it returns has a recipe
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import _one_node, _policy, _recipes
+from . import _policy, _recipes
+from ._again import run_again
 from ._calls import _callables
 from ._hooks import Kept, unpack
 from ._ledger import RECOMPUTED, Ledger, Step
@@ -32,8 +33,8 @@ from ._sites import Verdict, Watch
 from ._stack import Entry
 from ._standins import saves
 
-ONE_NODE_GAIN = 0.25
-"""Bytes, for each byte of its input, that a norm must keep less as one node: a fused kernel's statistics are not it."""
+GAIN = 0.25
+"""Bytes, for each byte of its input, that a norm must keep less if it is run again: more than a kernel's statistics."""
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,9 @@ def _norm(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], k
     given_without = [None if i in where else value for i, value in enumerate(given)]  # it is kept: no tensor in it
     parameters = [given[i] for i in where[1:]]
     gain, extra, keeps_x = _facts(call.name, forward, x, parameters, given_without)
-    if gain >= ONE_NODE_GAIN:
-        return one_node(entry.scope._ledger, call.name, forward, x, parameters, extra, keeps_x)
+    if gain >= GAIN:
+        run_it = functools.partial(func, *args, **kwargs)
+        return again(entry.scope._ledger, call.name, run_it, forward, x, parameters, extra, keeps_x)
     y = func(*args, **kwargs)
     if keeps_x:
         _recipes.anchor(x)
@@ -147,18 +149,18 @@ def _keeping(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         return func(*args, **kwargs)
 
 
-def one_node(
+def again(
     ledger: Ledger,
     name: str,
+    run_it: Callable[[], Any],
     forward: Callable[..., Tensor],
     x: Tensor,
     parameters: list[Tensor],
     extra: float,
     keeps_x: bool,
-) -> Tensor:
-    """Run a norm as one node that is run again in backward, and note what came of it."""
-    y = _one_node.run_again(name, ledger, forward, x, parameters, int(extra * x.nbytes), keeps_x)
-    _recipes.anchor(x)
+) -> Any:
+    """Run a norm that is run again in backward, and note what came of it."""
+    y = run_again(name, ledger, run_it, forward, [x, *parameters], int(extra * x.nbytes), keeps_x)
     _recipes.note(y, forward, [x, *parameters])
     return y
 
@@ -169,7 +171,7 @@ _known_facts: dict[Any, tuple[float, float, bool]] = {}
 def _facts(
     name: str, forward: Callable[..., Tensor], x: Tensor, parameters: Sequence[Tensor], others: list[Any]
 ) -> tuple[float, float, bool]:
-    """What a norm would keep less as one node, what it saves beside its input, and whether it saves that."""
+    """What a norm that is run again would keep less, what it saves beside its input, and whether it saves that."""
     shape = probe_shape(x, channels=name == "group_norm")
     trainable = x.requires_grad, *(p.requires_grad for p in parameters)
     dtypes = tuple(p.dtype for p in parameters)
