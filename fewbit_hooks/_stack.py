@@ -67,9 +67,12 @@ def active() -> Entry | None:
 
 
 def acting() -> Entry | None:
-    """The same at the cost of a look: for what is asked at every call."""
+    """The same at the cost of a look, for what is asked at every call; None where torch's modes are off, too."""
     mode = _thread.mode
-    return mode.entry if mode is not None else None
+    if mode is None or torch._C._is_torch_function_all_disabled():
+        return None
+    entry: Entry | None = mode.entry
+    return entry
 
 
 def push(entry: Entry, mode_class: type[TorchFunctionMode]) -> None:
