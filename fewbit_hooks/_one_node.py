@@ -10,16 +10,26 @@ and no formula is copied. In backward there are three ways to the gradient:
 
 An input that another node keeps anyway costs nothing; where it is run again from that, what is freed is all that the
 primitives would have saved.
+
+NOTE [ Each use of the input by itself ]
+
+An input that has other consumers, the residual stream of a transformer, gets the gradients of all of them, added up as
+the nodes are run: ((g + a) + b), where the primitives of a norm use it twice. One node that returned a + b would give
+g + (a + b), which differs in the last bit. So the node has several edges to its input, and what each use contributes is
+returned by itself, in the order in which stock autograd would have it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.hooks import RemovableHandle
 
 from . import ops
 from ._errors import FewbitError
@@ -31,6 +41,9 @@ from ._replay import Autocast, replay
 from ._sites import Site, Verdict, Watch
 
 Forward = Callable[..., Tensor]
+
+EDGES = 8
+"""To the input of a node that is run again. FastGELU uses its input four times; what more uses give is added up."""
 
 
 def run_coded(
@@ -76,7 +89,7 @@ def run_again(
     if keeps_x:
         ledger.original(row, x)
     ledger.stored(row, 0 if keeps_x else x.nbytes, never_kept=never_kept)
-    y: Tensor = _Again.apply(name, forward, ledger.step, x, *parameters)  # type: ignore[no-untyped-call]
+    y: Tensor = _Again.apply(name, forward, ledger.step, *[x] * EDGES, *parameters)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -125,7 +138,8 @@ class _Coded(torch.autograd.Function):
 
 class _Again(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, name: str, forward: Forward, step: Step, x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, name: str, forward: Forward, step: Step, x: Tensor, *others: Tensor) -> Tensor:
+        parameters = others[EDGES - 1 :]
         y = _checked(name, x, lambda: forward(x, *parameters))
         ctx.save_for_backward(x, *parameters)  # autograd checks their versions, and hands them to others' hooks
         ctx.rerun, ctx.step, ctx.autocast = forward, step, Autocast.of(x.device.type)
@@ -136,15 +150,50 @@ class _Again(torch.autograd.Function):
         twice = torch.is_grad_enabled()  # create_graph=True: what is computed here is differentiated in its turn
         if not ctx.step.backward_began:
             ctx.step.begin_backward()
-        needed = ctx.needs_input_grad[3:]
-        tensors = list(ctx.saved_tensors)
+        needed = ctx.needs_input_grad[2 + EDGES :]
         with replay(ctx.autocast, grad=True):
-            if not twice:
-                tensors = [t.detach().requires_grad_(n) for t, n in zip(tensors, needed, strict=True)]
+            if twice:
+                tensors = [t.view_as(t) for t in ctx.saved_tensors]
+            else:
+                tensors = [t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, needed, strict=True)]
             y: Tensor = ctx.rerun(*tensors)
             inputs = [t for t, n in zip(tensors, needed, strict=True) if n]
-            found = iter(torch.autograd.grad(y, inputs, grad, create_graph=twice, allow_unused=True))
-        return None, None, None, *(next(found) if n else None for n in needed)
+            with _each_use(y, tensors) as uses:
+                found = list(torch.autograd.grad(y, inputs, grad, create_graph=twice, allow_unused=True))
+        whole = found.pop(0) if needed[0] else None
+        rest = iter(found)
+        of_x = uses if whole is not None and len(uses) <= EDGES else [whole]
+        of_x = of_x + [None] * (EDGES - len(of_x))
+        return None, None, None, *of_x, *(next(rest) if n else None for n in needed[1:])
+
+
+@contextlib.contextmanager
+def _each_use(y: Tensor, tensors: list[Tensor]) -> Iterator[list[Tensor | None]]:
+    """What each use of the first of the tensors contributes to its gradient, when `y` is differentiated."""
+    uses: list[Tensor | None] = []
+    ends = [get_gradient_edge(t) for t in tensors if t.requires_grad]
+    x = ends[0] if tensors[0].requires_grad else None
+    handles: list[RemovableHandle] = []
+    nodes, seen = [y.grad_fn], {None, *(end.node for end in ends)}
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        following = node.next_functions
+        where = [i for i, (other, _) in enumerate(following) if x is not None and other is x.node]
+        if where:
+
+            def listen(grads: Any, _: Any, where: list[int] = where) -> None:
+                uses.extend(grads[i] for i in where if grads[i] is not None)
+
+            handles.append(node.register_hook(listen))
+        nodes.extend(other for other, _ in following)
+    try:
+        yield uses
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _checked(name: str, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
