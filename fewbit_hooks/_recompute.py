@@ -91,8 +91,8 @@ def run(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwa
         or entry.hooks is not None  # innermost hooks win: those that were there before ours keep what is kept
         or not all(type(t) in (Tensor, nn.Parameter) for t in tensors)
         or not any(t.requires_grad for t in tensors)
+        or _policy.traced()  # before the size is asked for: that would be traced, too
         or x.numel() * x.element_size() < max(entry.scope._settings.min_bytes, 1)
-        or _policy.traced()
         or _policy.obstacle(x, None)
         or (entry.scope._settings.exclude and entry.scope._settings.exclude.here())
     ):
