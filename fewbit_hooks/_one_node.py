@@ -100,4 +100,4 @@ def _checked(name: str, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
         raise FewbitError(f"{name} must return one tensor of its input's shape to be run as one node.")
     if y.untyped_storage()._cdata == x.untyped_storage()._cdata:
         raise FewbitError(f"{name} returned its input, or a view of it; what is run as one node must return a new one.")
-    return y
+    return y.detach() if y._is_view() else y  # a view, made in a Function, could not be changed in place

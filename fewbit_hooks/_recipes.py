@@ -13,7 +13,9 @@ tensor is replaced by a *recipe*: what to run again, and on which kept tensors.
 3. A recipe is made when a node saves a tensor whose origin leads, in at most `DEPTH` steps, to anchors alone. So a
    recipe keeps nothing alive that autograd would not keep without it, and what it replaces is gone.
 4. The sources are held detached, with their versions, which are checked before they are used: as autograd would do.
-5. What is computed for one of several consumers (query, key and value) is held until the last of them has had it, or
+   A tensor of which others may have got hold of the memory itself (`.data`, `.numpy()`) has no origin any more.
+5. What is detached has no origin: what is made of it may outlive the graph that keeps the sources.
+6. What is computed for one of several consumers (query, key and value) is held until the last of them has had it, or
    the backward is over.
 
 Origins and anchors are the thread's, and dropped when its last scope is left, and when a backward begins.
@@ -163,6 +165,20 @@ def _stream_of(t: Tensor) -> Any:
     return torch.cuda.current_stream(t.device) if t.is_cuda else None
 
 
+class Computed:
+    """What a recipe gives, as a source lies in it."""
+
+    __slots__ = ("_geometry", "recipe")
+
+    def __init__(self, recipe: Recipe, geometry: Geometry) -> None:
+        self.recipe = recipe
+        self._geometry = geometry
+
+    def value(self) -> Tensor:
+        """The source, computed again."""
+        return self._geometry.of(self.recipe.value())
+
+
 class Source:
     """A tensor that another was computed from; held by what is its own, not by its content."""
 
@@ -170,17 +186,20 @@ class Source:
 
     def __init__(self, t: Tensor) -> None:
         self._geometry = Geometry(t)
-        self._storage: int = t.untyped_storage()._cdata
+        self._storage = StorageWeakRef(t.untyped_storage())  # as long as it is held its address names no other
         self._version: int = t._version
         self._own = weakref.ref(t) if isinstance(t, torch.nn.Parameter) else None
         self.origin = find(t)
 
     def part(self, depth: int) -> Part | None:
-        """An anchor, or else a recipe; None where there is neither."""
-        kept: Any = self._own() if self._own is not None else _known.anchor(self._storage)
+        """An anchor, or else what a recipe gives; None where there is neither."""
+        kept: Any = self._own() if self._own is not None else _known.anchor(self._storage.cdata)
         if kept is not None and kept.dtype == self._geometry.dtype and kept._version == self._version:
             return Leaf(self._geometry.of(kept.detach()), self._version)
-        return self.origin.recipe(depth) if self.origin is not None else None
+        if self.origin is None or self.origin.geometry.dtype != self._geometry.dtype:
+            return None
+        recipe = self.origin.recipe(depth)
+        return Computed(recipe, self._geometry) if recipe is not None else None
 
 
 class Origin:
@@ -225,8 +244,8 @@ class Origin:
                 return None
             recipe = Recipe(self._run, [p for p in parts if p is not None], self._autocast, self._geometry)
             for part in parts:
-                if isinstance(part, Recipe):
-                    part.add_user()
+                if isinstance(part, Computed):
+                    part.recipe.add_user()
             self._recipe = weakref.ref(recipe)
         return recipe
 
@@ -274,7 +293,7 @@ _known = _Known()
 def note(y: Tensor, run: Run, sources: Sequence[Tensor], others: Sequence[Any] = ()) -> None:
     """`y` was computed from these; it must lie in a storage of its own."""
     key = y.untyped_storage()._cdata
-    if all(t.untyped_storage()._cdata != key for t in sources):
+    if y.grad_fn is not None and all(t.untyped_storage()._cdata != key for t in sources):
         _known.origins[key] = Origin(y, run, sources, others)
         _known.purge()
 
@@ -291,9 +310,17 @@ def is_anchor(t: Tensor) -> bool:
 
 
 def find(t: Tensor) -> Origin | None:
-    """How `t`, or what it is a view of, came to be; None where that is not known, or it was changed since."""
-    origin = _known.origins.get(t.untyped_storage()._cdata)
+    """How `t`, or what it is a view of, came to be; None where that is not known, or `t` was changed or detached."""
+    origin = _known.origins.get(t.untyped_storage()._cdata) if t.grad_fn is not None else None
     return origin if origin is not None and t._version == origin.version else None
+
+
+def expose(t: Tensor) -> None:
+    """Somebody gets hold of the memory of `t`, and may change it without a trace: nothing is known of it any more."""
+    if t.layout is torch.strided:
+        key = t.untyped_storage()._cdata
+        _known.origins.pop(key, None)
+        _known.anchors.pop(key, None)
 
 
 def forget() -> None:

@@ -6,6 +6,7 @@
     cast        what it returns has a recipe
     product     saves both factors, by recipe where they have one; what it returns has a recipe
     consumer    saves its operands, by recipe where they have one: Linear, matmul, convolution
+    exposure    gives away the memory of a tensor, so that nothing is known of it any more
 
 and, in `note_activation` and `note_dropout`, the calls that a scope recognises anyway. See NOTE [ Recipes ] in
 `_recipes.py`.
@@ -14,6 +15,7 @@ and, in `note_activation` and `note_dropout`, the calls that a scope recognises 
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +45,7 @@ class RecomputeCall:
 
     Attributes:
         name: as reports name it.
-        kind: "norm", "softmax", "cast", "product" or "consumer".
+        kind: "norm", "softmax", "cast", "product", "consumer" or "exposure".
     """
 
     name: str
@@ -64,6 +66,8 @@ _CALLS = {
     ("addmm", "consumer"): "torch.addmm Tensor.addmm torch.baddbmm Tensor.baddbmm torch.ops.aten.addmm",
     ("conv", "consumer"): "F.conv1d F.conv2d F.conv3d F.conv_transpose1d F.conv_transpose2d F.conv_transpose3d "
     "torch.conv1d torch.conv2d torch.conv3d torch.ops.aten.convolution",
+    ("memory", "exposure"): "Tensor.data.__get__ Tensor.numpy Tensor.__array__ Tensor.data_ptr Tensor.untyped_storage "
+    "Tensor.__dlpack__",
 }
 RECOMPUTE: dict[Any, RecomputeCall] = {
     function: RecomputeCall(name, kind)
@@ -76,6 +80,10 @@ RECOMPUTE: dict[Any, RecomputeCall] = {
 def run(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
     """Make such a call under a scope with `recompute=True`."""
     kwargs = kwargs or {}
+    if call.kind == "exposure":
+        if type(args[0]) is Tensor and not _policy.traced():
+            _recipes.expose(args[0])
+        return func(*args, **kwargs)
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     x = next((t for t in tensors if type(t) is Tensor), None)
     if (
@@ -84,8 +92,8 @@ def run(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwa
         or entry.hooks is not None  # innermost hooks win: those that were there before ours keep what is kept
         or not all(type(t) in (Tensor, nn.Parameter) for t in tensors)
         or not any(t.requires_grad for t in tensors)
+        or _policy.traced()  # before the size is asked for: that would be traced, too
         or x.numel() * x.element_size() < max(entry.scope._settings.min_bytes, 1)
-        or _policy.traced()
         or _policy.obstacle(x, None)
         or (entry.scope._settings.exclude and entry.scope._settings.exclude.here())
     ):
@@ -93,7 +101,7 @@ def run(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwa
     if call.kind == "norm":
         return _norm(entry, call, func, args, kwargs)
     if call.kind == "softmax":
-        return _keeping(call.name, func, args, kwargs)
+        return keeping(call.name, func, args, kwargs)
     if call.kind == "cast":
         y = func(*args, **kwargs)
         _note_cast(func, x, y, args, kwargs)
@@ -131,14 +139,17 @@ def _norm(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], k
         run_it = functools.partial(func, *args, **kwargs)
         return again(entry.scope._ledger, call.name, run_it, forward, x, parameters, extra, keeps_x)
     y = func(*args, **kwargs)
-    if keeps_x:
-        _recipes.anchor(x)
+    if keeps_x and (call.name == "layer_norm" or x.is_contiguous() or x.is_contiguous(memory_format=_LAST[x.dim()])):
+        _recipes.anchor(x)  # others keep a contiguous copy of what is not
     _recipes.note(y, forward, [x, *parameters])
     return y
 
 
-def _keeping(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Make a call whose output its node keeps. The node holds a tensor of its own, which only a hook can name."""
+_LAST = defaultdict(lambda: torch.contiguous_format, {4: torch.channels_last, 5: torch.channels_last_3d})
+
+
+def keeping(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make a call whose node keeps what serves to compute others again, its output too: that only a hook can name."""
 
     def pack(t: Tensor) -> Kept:
         kept = Kept(t, name)
@@ -201,14 +212,10 @@ def probe_shape(x: Tensor, *, channels: bool = False) -> tuple[int, ...]:
 
 def _note_cast(func: Any, x: Tensor, y: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     if isinstance(y, Tensor) and y.dtype in _policy.DTYPES and y.device == x.device and args and args[0] is x:
-        _recipes.note(y, functools.partial(torch.Tensor.to, dtype=y.dtype), [x])
-
-
-def anchor_attention(given: Mapping[str, Any], y: Any) -> None:
-    """An attention ran, which keeps its operands and its result."""
-    for t in (given.get("query"), given.get("key"), given.get("value"), y):
-        if type(t) is Tensor and t.requires_grad:
-            _recipes.anchor(t)
+        formats = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.memory_format)]
+        memory_format = formats[0] if formats else torch.preserve_format
+        run = functools.partial(torch.Tensor.to, dtype=y.dtype, copy=True, memory_format=memory_format)
+        _recipes.note(y, run, [x])
 
 
 def note_activation(run_it: functools.partial[Any], x: Tensor, y: Tensor) -> None:
@@ -250,7 +257,8 @@ def _consume(
     operands = tensors[-2:] if call.name == "addmm" else tensors[:2]
     if len(operands) < 2:
         return func(*args, **kwargs)
-    saved = [t for t, other in (operands, operands[::-1]) if other.requires_grad]
+    both = call.name == "conv"  # its node saves the input for the gradient of a frozen weight, too
+    saved = [t for t, other in (operands, operands[::-1]) if other.requires_grad or both]
     recipes = {
         t.untyped_storage()._cdata: (t, recipe)
         for t in saved
@@ -264,7 +272,8 @@ def _consume(
         y = func(*args, **kwargs)
         if not torch.is_autocast_enabled(operands[0].device.type):  # or a cast copy may be what is kept
             for t in saved:
-                _recipes.anchor(t)
+                if call.name == "mul" or t.is_contiguous():  # or a contiguous copy may be
+                    _recipes.anchor(t)
         return y
     hook = ConsumerHook(call.name, recipes, ledger)
     try:

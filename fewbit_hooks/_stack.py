@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ._compiled import coding
+from ._compiled import Coding, coding
 from ._policy import innermost_hooks
 
 if TYPE_CHECKING:
@@ -72,9 +72,12 @@ def active() -> Entry | None:
 
 
 def acting() -> Entry | None:
-    """The same at the cost of a look: for what is asked at every call."""
+    """The same at the cost of a look, for what is asked at every call; None where torch's modes are off, too."""
     mode = _thread.mode
-    return mode.entry if mode is not None else None
+    if mode is None or torch._C._is_torch_function_all_disabled():
+        return None
+    entry: Entry | None = mode.entry
+    return entry
 
 
 @contextlib.contextmanager
@@ -87,6 +90,15 @@ def hidden() -> Iterator[None]:
     finally:
         if _thread.mode is not None:
             _thread.mode.entry = active()
+
+
+def coding_here() -> Coding | None:
+    """What is coded in a graph that is compiled on this thread. Dynamo reads it: it must be plain."""
+    mode = _thread.mode
+    if mode is None or mode.entry is None:
+        return None
+    found: Coding | None = mode.entry.coding
+    return found
 
 
 def push(entry: Entry, mode_class: type[TorchFunctionMode]) -> None:
