@@ -157,6 +157,7 @@ def _replace_forward(
         composite = Composite(name, forward, call, dict(parameters))
         cls.forward = functools.wraps(forward)(_in_globals_of(forward, _run_or_leave(composite)))
         cls.forward._fewbit_original = forward  # type: ignore[attr-defined]
+        cls.forward._fewbit_composite = composite  # type: ignore[attr-defined]
 
 
 def _run_or_leave(composite: Composite) -> types.FunctionType:
@@ -189,6 +190,15 @@ def _in_globals_of(forward: Any, function: types.FunctionType) -> types.Function
     one, and looks names up in the globals of the other."""
     found = getattr(inspect.unwrap(forward), "__globals__", function.__globals__)
     return types.FunctionType(function.__code__, found, function.__name__, function.__defaults__, function.__closure__)
+
+
+def acts_as(module: nn.Module, x: Any) -> Composite | None:
+    """The activation that a scope would run `module(x)` as, in one node; None where it is left to its primitives."""
+    composite = getattr(type(module).forward, "_fewbit_composite", None)
+    if composite is None or composite.call is None or not isinstance(x, Tensor) or not x.requires_grad:
+        return None
+    facts = _look_at(composite, module, x)
+    return composite if facts.extra and not facts.reason else None
 
 
 def _run(

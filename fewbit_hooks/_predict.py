@@ -3,10 +3,11 @@
 | the recognised call's saved storage                       | what a scope stores for it           | frees     |
 | --------------------------------------------------------- | ------------------------------------ | --------- |
 | another node, the model or the user keeps it, too         | nothing: the call is left alone      | nothing   |
+| only it keeps it; another node keeps the output           | 0 or 1 bit an element, see below     | all of it |
 | only it keeps it; the derivative has two values           | 1 bit an element, exact              | all of it |
-| only it keeps it; smooth; another node keeps the output   | 0 or 1 bit an element, see below     | all of it |
 | only it keeps it; smooth                                  | `bits` an element                    | all of it |
 | a mask that the call made (dropout), which only it keeps  | 1 bit an element, exact              | all of it |
+| what a composite, run as one node, makes in between       | as its input; nothing if that stays  | all of it |
 
 The output and at most a bit determine the derivative: none where the function is monotone, the side of the minimum
 where it has one.
@@ -20,13 +21,8 @@ from dataclasses import dataclass
 from . import _policy, ops
 from ._recorder import IN, Operation, Saved
 
-BESIDE_OUTPUT = {
-    **dict.fromkeys(("gelu", "hardswish", "mish", "silu"), 1),
-    **dict.fromkeys(("celu", "elu", "logsigmoid", "selu", "softplus", "softsign", "tanhshrink"), 0),
-}
-"""Bits an element that the derivative takes beside the output."""
-
 SHARED = "kept: somebody else keeps it"
+AGAIN = "kept: run again from it"
 
 
 @dataclass(frozen=True)
@@ -115,21 +111,27 @@ def _obstacle(tensor: Saved, exact: bool, min_bytes: int) -> str | None:
     if operation.x_bytes < max(min_bytes, 1):
         return _policy.SMALL
     assert operation.call.activation is not None
+    if exact and operation.composite:
+        return AGAIN if tensor.role == IN else None
     if exact and not operation.call.activation.exact:
         return "kept: not two-valued"
     if tensor.leaf and tensor.role == IN:
         return SHARED  # a variable of the user's
+    if operation.composite:
+        return None
     if tensor.shape != operation.x_shape and operation.call.one_node is None:
         return ""  # beside the tensors that codes stand for
     return None
 
 
 def _bits(operation: Operation, tensors: list[Saved], bits: int, held: Collection[int]) -> int:
+    if operation.composite and operation.input in held:
+        return 0  # it is run again from its input
     if tensors[0].mask or operation.call is None or operation.call.activation is None:
         return 1
-    if operation.call.activation.exact:
-        return 1
-    return BESIDE_OUTPUT.get(operation.name, bits) if operation.output in held else bits
+    if operation.beside_output is not None and operation.output in held:
+        return operation.beside_output
+    return 1 if operation.call.activation.exact else bits
 
 
 def _code_bytes(operation: Operation, tensors: list[Saved], bits: int) -> int:
@@ -138,7 +140,11 @@ def _code_bytes(operation: Operation, tensors: list[Saved], bits: int) -> int:
 
 
 def _text(operation: Operation, bits: int, held: Collection[int]) -> str:
+    if operation.composite and operation.input in held:
+        return "run again"
     count = f"{bits} bit" + ("" if bits == 1 else "s")
-    if operation.call is None or operation.call.activation is None or operation.call.activation.exact:
-        return f"{count}, exact"
-    return f"{count} beside the output" if operation.output in held and operation.name in BESIDE_OUTPUT else count
+    if operation.call is None or operation.call.activation is None:
+        return f"{count}, exact"  # a mask
+    if operation.beside_output is not None and operation.output in held:
+        return f"{count} beside the output"
+    return f"{count}, exact" if operation.call.activation.exact else count

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from . import _policy, ops
+from . import _composites, _policy, ops
 from ._calls import BACKWARD, RECOGNISED, Call
 from ._hooks import Kept, unpack
 from ._mask_calls import MaskCall
@@ -47,8 +47,11 @@ class Operation:
         call: what the scope recognises it as; None otherwise.
         reason: why a scope would keep a recognised call exact; empty where it would not.
         x_bytes, x_shape: of a recognised call's input.
+        input: of a composite, the storage of its input.
         output: the storage of its output.
+        beside_output: bits an element that the derivative takes beside it; None where it cannot be had from it.
         custom: it is a custom autograd Function.
+        composite: it is a whole module, written in primitives, that a scope runs as one node.
     """
 
     name: str
@@ -58,8 +61,11 @@ class Operation:
     reason: str = ""
     x_bytes: int = 0
     x_shape: torch.Size | None = None
+    input: int = 0
     output: int = 0
+    beside_output: int | None = None
     custom: bool = False
+    composite: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -127,11 +133,14 @@ class Recorder(TorchFunctionMode):
         self.frozen = False
         self._weak: dict[int, StorageWeakRef] = {}  # keeps the address of a storage that is gone from being used again
         self._current: _Current | None = None
+        self._composite: tuple[nn.Module, Operation] | None = None  # that is running
         self._pack_hook = self._pack  # one bound method, to be recognised as the innermost hook
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack_hook, unpack)
 
     def __enter__(self) -> Recorder:
+        _composites.find_built_in()
         self._modules = nn.modules.module.register_module_forward_pre_hook(self._note_module)
+        self._after = nn.modules.module.register_module_forward_hook(self._end_composite)
         self._hooks.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -142,6 +151,7 @@ class Recorder(TorchFunctionMode):
         super().__exit__(kind, value, traceback)  # type: ignore[no-untyped-call]
         self._hooks.__exit__(kind, value, traceback)
         self._modules.remove()
+        self._after.remove()
 
     def freeze(self, roots: Iterable[Tensor]) -> None:
         """The forward is over: strike off what is no longer kept, and look at the nodes of the graph."""
@@ -198,6 +208,8 @@ class Recorder(TorchFunctionMode):
         return held
 
     def _operation(self, frame: FrameType | None) -> Operation:
+        if self._composite is not None:
+            return self._composite[1]
         current = self._current
         if current is not None and current.operation is not None:
             return current.operation
@@ -231,11 +243,17 @@ class Recorder(TorchFunctionMode):
                 saved.mask = _is_mask(held.tensor, operation.name)
         if call is None or not isinstance(x := call.input(current.args, current.kwargs), Tensor):
             return
+        self._recognise(operation, call, current.function, current.args, current.kwargs, x)
+
+    def _recognise(
+        self, operation: Operation, call: Call, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
+    ) -> None:
         operation.call, operation.x_bytes, operation.x_shape = call, x.numel() * x.element_size(), x.shape
         operation.reason = _policy.obstacle(x, self._pack_hook)
         if not operation.reason:
             try:
-                _policy.make_plan(_policy.Settings(), call, current.function, current.args, current.kwargs, x)
+                inverse = _policy.make_plan(_policy.Settings(), call, function, args, kwargs, x).inverse(x)
+                operation.beside_output = None if inverse is None else inverse.bits
             except _policy.Keep as keep:
                 operation.reason = str(keep)
 
@@ -248,9 +266,32 @@ class Recorder(TorchFunctionMode):
             self._weak[storage._cdata] = StorageWeakRef(storage)
         return int(storage._cdata)
 
-    def _note_module(self, module: nn.Module, _: Any) -> None:
+    def _note_module(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.note_own(module.parameters(recurse=False))
         self.note_own(module.buffers(recurse=False))
+        if self._composite is not None or self.frozen or not args or not torch.is_grad_enabled():
+            return
+        composite = _composites.acts_as(module, x := args[0])
+        if composite is None or composite.call is None or composite.call.activation is None:
+            return
+        operation = Operation(composite.name, weakref.ref(module), weakref.ref(outermost_module() or module))
+        operation.composite = True
+        with torch._C.DisableTorchFunction():
+            operation.input = self._key(x)
+            function = composite.call.activation.function
+            self._recognise(operation, composite.call, function, (x,), dict(composite.parameters), x)
+        self._composite = module, operation
+
+    def _end_composite(self, module: nn.Module, _: Any, output: Any) -> None:
+        if self._composite is None or self._composite[0] is not module:
+            return
+        _, operation = self._composite
+        self._composite = None
+        with torch._C.DisableTorchFunction():
+            operation.output = next((self._key(t) for t in tensors_in(output)), 0)
+        for saved in self.saved:
+            if saved.operation is operation and saved.storage == operation.input:
+                saved.role = IN
 
 
 ATTENTION = ("scaled_dot_product_attention", "multi_head_attention_forward")
