@@ -19,7 +19,6 @@ import csv
 import functools
 import gc
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -38,8 +37,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import fewbit_hooks as fewbit
+from about import about
 
-COLUMNS = ("model", "row", "seconds", "time", "lower", "upper", "cpu", "held_bytes", "held", "gradients")
+FIGURES = ("seconds", "time", "lower", "upper", "cpu", "held_bytes", "held", "gradients")
+COLUMNS = ("model", "row", *FIGURES, "machine", "versions", "date")
 LEARN = 3
 """Steps after which a scope has learned what others keep."""
 
@@ -262,8 +263,8 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 
-    print(f"machine  {platform.platform()}, {platform.machine()}, CPU, {torch.get_num_threads()} threads")
-    print(f"versions python {platform.python_version()}, torch {torch.__version__}, transformers {hf.__version__}")
+    known = about(("transformers", "peft"))
+    print(f"machine  {known['machine']}\nversions {known['versions']}")
     print("time, cpu and held are ratios to stock; gradients: relative distance from stock's\n")
     print(
         "{:<21} {:<33} {:>8}  {:>21}  {:>6}  {:>9}  {:>6}  {:>9}".format(
@@ -282,11 +283,11 @@ def main() -> None:
                 f"{f['gradients']:>9.1e}",
                 flush=True,
             )
-            table.append((name, row, *(f[column] for column in COLUMNS[2:])))
+            table.append((name, row, *(round(f[column], 6) for column in FIGURES), *known.values()))
 
     if arguments.csv:
         with open(arguments.csv, "w", newline="") as file:
-            writer = csv.writer(file)
+            writer = csv.writer(file, lineterminator="\n")
             writer.writerow(COLUMNS)
             writer.writerows(table)
 
