@@ -122,16 +122,16 @@ def _norm(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], k
         return func(*args, **kwargs)
     x, given = args[0], (*args, *kwargs.values())
     where = [i for i, value in enumerate(given) if isinstance(value, Tensor)]
-    names = tuple(kwargs)
+    names, positional = tuple(kwargs), len(args)
+    given_without = [None if i in where else value for i, value in enumerate(given)]
 
-    def forward(*tensors: Tensor) -> Tensor:
+    def forward(*tensors: Tensor) -> Tensor:  # it is kept: it must refer to no tensor, and so not to `args`
         values = list(given_without)
         for i, t in zip(where, tensors, strict=True):
             values[i] = t
-        y: Tensor = func(*values[: len(args)], **dict(zip(names, values[len(args) :], strict=True)))
+        y: Tensor = func(*values[:positional], **dict(zip(names, values[positional:], strict=True)))
         return y
 
-    given_without = [None if i in where else value for i, value in enumerate(given)]  # it is kept: no tensor in it
     parameters = [given[i] for i in where[1:]]
     gain, extra, keeps_x = _facts(call.name, forward, x, parameters, given_without)
     if gain >= ONE_NODE_GAIN:
