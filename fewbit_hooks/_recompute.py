@@ -66,8 +66,7 @@ _CALLS = {
     ("addmm", "consumer"): "torch.addmm Tensor.addmm torch.baddbmm Tensor.baddbmm torch.ops.aten.addmm",
     ("conv", "consumer"): "F.conv1d F.conv2d F.conv3d F.conv_transpose1d F.conv_transpose2d F.conv_transpose3d "
     "torch.conv1d torch.conv2d torch.conv3d torch.ops.aten.convolution",
-    ("memory", "exposure"): "Tensor.data.__get__ Tensor.numpy Tensor.__array__ Tensor.data_ptr Tensor.untyped_storage "
-    "Tensor.__dlpack__",
+    ("memory", "exposure"): "Tensor.data.__get__ Tensor.numpy Tensor.__array__ Tensor.data_ptr Tensor.__dlpack__",
 }
 RECOMPUTE: dict[Any, RecomputeCall] = {
     function: RecomputeCall(name, kind)
@@ -123,16 +122,16 @@ def _norm(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], k
         return func(*args, **kwargs)
     x, given = args[0], (*args, *kwargs.values())
     where = [i for i, value in enumerate(given) if isinstance(value, Tensor)]
-    names = tuple(kwargs)
+    names, positional = tuple(kwargs), len(args)
+    given_without = [None if i in where else value for i, value in enumerate(given)]
 
-    def forward(*tensors: Tensor) -> Tensor:
+    def forward(*tensors: Tensor) -> Tensor:  # it is kept: it must refer to no tensor, and so not to `args`
         values = list(given_without)
         for i, t in zip(where, tensors, strict=True):
             values[i] = t
-        y: Tensor = func(*values[: len(args)], **dict(zip(names, values[len(args) :], strict=True)))
+        y: Tensor = func(*values[:positional], **dict(zip(names, values[positional:], strict=True)))
         return y
 
-    given_without = [None if i in where else value for i, value in enumerate(given)]  # it is kept: no tensor in it
     parameters = [given[i] for i in where[1:]]
     gain, extra, keeps_x = _facts(call.name, forward, x, parameters, given_without)
     if gain >= GAIN:

@@ -309,8 +309,8 @@ def test_under_hooks_of_others_around_the_scope_it_is_theirs(x: Tensor) -> None:
         assert all_equal(grads_of(module, x, scoped=True), stock)
 
 
-@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
-def test_anomaly_mode_names_the_forward(x: Tensor) -> None:
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")
+def test_anomaly_mode_finds_what_is_nan(x: Tensor) -> None:
     module = Norm()
     with torch.autograd.detect_anomaly(), again():
         loss = residual(module, x)
