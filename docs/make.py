@@ -1,4 +1,4 @@
-"""Writes what in docs/ is made by a program: the table of activations, the table of errors, the pictures.
+"""Writes what in docs/ is made by a program: the activations and their errors, the tables of memory, the pictures.
 
 python docs/make.py
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import fewbit_hooks as fewbit
+import page_memory
+import page_speed
 from fewbit_hooks import Activation
 from fewbit_hooks._composites import built_in
 from fewbit_hooks._mask_calls import mask_calls
@@ -110,6 +112,10 @@ def _errors(name: str, **parameters: str) -> str:
 
 
 def main() -> None:
+    (DOCS / "memory.md").write_text(page_memory.memory_page(), encoding="utf-8")
+    (DOCS / "faq.md").write_text(page_memory.faq_page(), encoding="utf-8")
+    (DOCS / "speed.md").write_text(page_speed.speed_page(), encoding="utf-8")
+    page_speed.draw()
     (DOCS / "activations.md").write_text(activations_page(), encoding="utf-8")
     for name, bits in (("gelu", 3), ("silu", 2)):
         fewbit.codebook(name, bits).plot(DOCS / "images" / f"{name}-{bits}-bits.png")

@@ -36,6 +36,7 @@ from ._recording import (
     ACTIVATION,
     CAST,
     CONSUMER,
+    EXPOSURE,
     IN,
     MASK,
     NORM,
@@ -143,7 +144,7 @@ class _Step:
         self._keepers: Counter[int] = Counter()
         self._waiting: list[Saved] = []
         self._watches: list[tuple[Site, list[int], Ref, Verdict]] = []
-        self._origins: dict[int, tuple[int, tuple[Ref, ...]]] = {}
+        self._origins: dict[int, Operation] = {}
         self._anchors: dict[int, Ref] = {}
         self._versions: dict[int, int] = {}
 
@@ -161,6 +162,9 @@ class _Step:
             self._activation(operation)
         elif operation.kind == MASK:
             self._mask(operation)
+        elif operation.kind == EXPOSURE and operation.x is not None:
+            self._origins.pop(operation.x.storage, None)
+            self._anchors.pop(operation.x.storage, None)
         elif recompute and large and operation.kind == NORM:
             self._norm(operation)
         elif recompute and large and operation.kind == CONSUMER:
@@ -292,8 +296,7 @@ class _Step:
                 recipes[ref.storage] = ref, leaves
         if not recipes or (site is not None and site.verdict is Verdict.LEAVE):
             self._hold(saved)
-            if not operation.autocast:
-                self._anchor(*operation.operands)
+            self._anchor(*operation.keeps)
         else:
             replaced = []
             for tensor in saved:
@@ -339,20 +342,20 @@ class _Step:
             self._anchors.update((ref.storage, ref) for ref in refs)
 
     def _note(self, operation: Operation) -> None:
-        y = operation.y
-        if y is not None and operation.sources and all(ref.storage != y.storage for ref in operation.sources):
-            self._origins[y.storage] = y.version, operation.sources
+        y, sources = operation.y, operation.sources
+        if y is not None and y.recorded and sources and all(ref.storage != y.storage for ref in sources):
+            self._origins[y.storage] = operation
 
     def _is_kept(self, storage: int) -> bool:
         return storage in self._anchors and (storage in self.held or storage in self._own)
 
     def _leaves(self, ref: Ref, depth: int) -> list[Ref] | None:
         """The kept tensors from which one can be computed again; None where it cannot."""
-        version, sources = self._origins.get(ref.storage, (-1, ()))
-        if depth == 0 or not sources or version != ref.version:
+        origin = self._origins.get(ref.storage)
+        if depth == 0 or origin is None or origin.y is None or origin.y.version != ref.version or not ref.recorded:
             return None
         leaves: list[Ref] = []
-        for source in sources:
+        for source in origin.sources:
             found = self._leaf(source, depth - 1)
             if found is None:
                 return None
@@ -366,7 +369,9 @@ class _Step:
         changed = self._versions.get(source.storage, source.version) != source.version
         if kept is not None and self._is_kept(source.storage) and kept.dtype == source.dtype and not changed:
             return [source]
-        return self._leaves(source, depth)
+        origin = self._origins.get(source.storage)
+        same = origin is not None and origin.y is not None and origin.y.dtype == source.dtype
+        return self._leaves(source, depth) if same else None
 
     @property
     def _bits(self) -> int:

@@ -26,10 +26,25 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "distilbert-base-uncased": ("distilbert", {}),
     "gpt2": ("gpt2", {}),
     "llama": ("llama", {}),
+    "tinyllama-1.1b": (
+        "llama",
+        {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_key_value_heads": 4},
+    ),
     "t5-small": ("t5", {}),
     "vit-base": ("vit", {}),
     "convnext-tiny": ("convnext", {}),
     "resnet-50": ("resnet", {}),
+    "efficientnet-b0": (
+        "efficientnet",
+        {
+            "image_size": 224,
+            "width_coefficient": 1.0,
+            "depth_coefficient": 1.0,
+            "hidden_dim": 1280,
+            "dropout_rate": 0.2,
+        },
+    ),
+    "mobilenet-v2": ("mobilenet_v2", {}),
     "clip-vit-base-patch32": ("clip", {}),
     "whisper-tiny": ("whisper", {}),
 }
@@ -117,6 +132,9 @@ def _from_transformers(config_class: Any, settings: dict[str, Any], sizes: Sizes
     if sizes.image is not None and hasattr(vision, "image_size"):
         vision.image_size = sizes.image
     model = _class(config)(config).to(sizes.dtype).train()
+    for module in model.modules():  # T5 has one rate for all its dropouts
+        if type(module).__name__.endswith("Attention") and isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
     return model, _batch(model, config, sizes)
 
 

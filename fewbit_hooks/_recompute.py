@@ -1,11 +1,12 @@
 """Calls that matter under `recompute=True`: what makes a tensor that can be computed again, and what would save it.
 
     norm        anchors its input; what it returns has a recipe. Where the native node is none (an RMSNorm that is
-                decomposed, a norm whose input autocast casts) it is run as one node
+                decomposed, a norm whose input autocast casts) it is run again
     softmax     anchors its output
     cast        what it returns has a recipe
     product     saves both factors, by recipe where they have one; what it returns has a recipe
     consumer    saves its operands, by recipe where they have one: Linear, matmul, convolution
+    exposure    gives away the memory of a tensor, so that nothing is known of it any more
 
 and, in `note_activation` and `note_dropout`, the calls that a scope recognises anyway. See NOTE [ Recipes ] in
 `_recipes.py`.
@@ -14,6 +15,7 @@ and, in `note_activation` and `note_dropout`, the calls that a scope recognises 
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import _one_node, _policy, _recipes
+from . import _policy, _recipes
+from ._again import run_again
 from ._calls import _callables
 from ._hooks import Kept, unpack
 from ._ledger import RECOMPUTED, Ledger, Step
@@ -32,8 +35,8 @@ from ._sites import Verdict, Watch
 from ._stack import Entry
 from ._standins import saves
 
-ONE_NODE_GAIN = 0.25
-"""Bytes, for each byte of its input, that a norm must keep less as one node: a fused kernel's statistics are not it."""
+GAIN = 0.25
+"""Bytes, for each byte of its input, that a norm must keep less if it is run again: more than a kernel's statistics."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class RecomputeCall:
 
     Attributes:
         name: as reports name it.
-        kind: "norm", "softmax", "cast", "product" or "consumer".
+        kind: "norm", "softmax", "cast", "product", "consumer" or "exposure".
     """
 
     name: str
@@ -63,6 +66,7 @@ _CALLS = {
     ("addmm", "consumer"): "torch.addmm Tensor.addmm torch.baddbmm Tensor.baddbmm torch.ops.aten.addmm",
     ("conv", "consumer"): "F.conv1d F.conv2d F.conv3d F.conv_transpose1d F.conv_transpose2d F.conv_transpose3d "
     "torch.conv1d torch.conv2d torch.conv3d torch.ops.aten.convolution",
+    ("memory", "exposure"): "Tensor.data.__get__ Tensor.numpy Tensor.__array__ Tensor.data_ptr Tensor.__dlpack__",
 }
 RECOMPUTE: dict[Any, RecomputeCall] = {
     function: RecomputeCall(name, kind)
@@ -74,7 +78,12 @@ RECOMPUTE: dict[Any, RecomputeCall] = {
 
 def run(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
     """Make such a call under a scope with `recompute=True`."""
-    kwargs, settings = kwargs or {}, entry.scope._settings
+    kwargs = kwargs or {}
+    if call.kind == "exposure":
+        if type(args[0]) is Tensor and not _policy.traced():
+            _recipes.expose(args[0])
+        return func(*args, **kwargs)
+    settings = entry.scope._settings
     if (
         entry.hooks is not None  # innermost hooks win: those that were there before ours keep what is kept
         or (admitted := admits(args, kwargs, settings.min_bytes)) is None
@@ -85,11 +94,11 @@ def run(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwa
     if call.kind == "norm":
         return _norm(entry, call, func, args, kwargs)
     if call.kind == "softmax":
-        return _keeping(call.name, func, args, kwargs)
+        return keeping(call.name, func, args, kwargs)
     if call.kind == "cast":
         y = func(*args, **kwargs)
         if is_cast(x, y, args):
-            _recipes.note(y, functools.partial(torch.Tensor.to, dtype=y.dtype), [x])
+            _note_cast(x, y, args, kwargs)
         return y
     y = _consume(entry, call, func, args, kwargs, tensors)
     if call.kind == "product" and isinstance(y, Tensor) and are_factors(tensors, kwargs):
@@ -112,8 +121,8 @@ def admits(
         or not torch.is_grad_enabled()
         or not all(type(t) in (Tensor, nn.Parameter) for t in tensors)
         or not any(t.requires_grad for t in tensors)
+        or _policy.traced()  # before the size is asked for: that would be traced, too
         or x.numel() * x.element_size() < max(min_bytes, 1)
-        or _policy.traced()
         or _policy.obstacle(x, hooks)
     ):
         return None
@@ -141,9 +150,10 @@ class Norm:
     Attributes:
         forward: the call, of the input and the parameters.
         parameters: the tensors beside the input.
-        gain: bytes, for each byte of the input, that it keeps less as one node.
+        gain: bytes, for each byte of the input, that it keeps less if it is run again.
         extra: bytes that it saves beside the input, for each byte of it.
         keeps_x: it saves the input, too.
+        anchors_x: and that itself, no copy of it.
     """
 
     forward: Callable[..., Tensor]
@@ -151,11 +161,12 @@ class Norm:
     gain: float
     extra: float
     keeps_x: bool
+    anchors_x: bool
 
     @property
-    def as_one_node(self) -> bool:
-        """It is run as one node."""
-        return self.gain >= ONE_NODE_GAIN
+    def run_again(self) -> bool:
+        """It is run again in backward."""
+        return self.gain >= GAIN
 
 
 def look_at_norm(call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Norm | None:
@@ -164,18 +175,21 @@ def look_at_norm(call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: 
         return None
     x, given = args[0], (*args, *kwargs.values())
     where = [i for i, value in enumerate(given) if isinstance(value, Tensor)]
-    names = tuple(kwargs)
+    names, positional = tuple(kwargs), len(args)
+    given_without = [None if i in where else value for i, value in enumerate(given)]
 
-    def forward(*tensors: Tensor) -> Tensor:
+    def forward(*tensors: Tensor) -> Tensor:  # it is kept: it must refer to no tensor, and so not to `args`
         values = list(given_without)
         for i, t in zip(where, tensors, strict=True):
             values[i] = t
-        y: Tensor = func(*values[: len(args)], **dict(zip(names, values[len(args) :], strict=True)))
+        y: Tensor = func(*values[:positional], **dict(zip(names, values[positional:], strict=True)))
         return y
 
-    given_without = [None if i in where else value for i, value in enumerate(given)]  # it is kept: no tensor in it
     parameters = [given[i] for i in where[1:]]
-    return Norm(forward, parameters, *_facts(call.name, forward, x, parameters, given_without))
+    gain, extra, keeps_x = _facts(call.name, forward, x, parameters, given_without)
+    # others than layer_norm keep a contiguous copy of what is not
+    itself = call.name == "layer_norm" or x.is_contiguous() or x.is_contiguous(memory_format=_LAST[x.dim()])
+    return Norm(forward, parameters, gain, extra, keeps_x, keeps_x and itself)
 
 
 def _norm(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -183,18 +197,21 @@ def _norm(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], k
     if norm is None:
         return func(*args, **kwargs)
     x: Tensor = args[0]
-    if norm.as_one_node:
-        ledger = entry.scope._ledger
-        return one_node(ledger, call.name, norm.forward, x, norm.parameters, norm.extra, norm.keeps_x)
+    if norm.run_again:
+        run_it, ledger = functools.partial(func, *args, **kwargs), entry.scope._ledger
+        return again(ledger, call.name, run_it, norm.forward, x, norm.parameters, norm.extra, norm.keeps_x)
     y = func(*args, **kwargs)
-    if norm.keeps_x:
+    if norm.anchors_x:
         _recipes.anchor(x)
     _recipes.note(y, norm.forward, [x, *norm.parameters])
     return y
 
 
-def _keeping(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Make a call whose output its node keeps. The node holds a tensor of its own, which only a hook can name."""
+_LAST = defaultdict(lambda: torch.contiguous_format, {4: torch.channels_last, 5: torch.channels_last_3d})
+
+
+def keeping(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make a call whose node keeps what serves to compute others again, its output too: that only a hook can name."""
 
     def pack(t: Tensor) -> Kept:
         kept = Kept(t, name)
@@ -205,18 +222,18 @@ def _keeping(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         return func(*args, **kwargs)
 
 
-def one_node(
+def again(
     ledger: Ledger,
     name: str,
+    run_it: Callable[[], Any],
     forward: Callable[..., Tensor],
     x: Tensor,
     parameters: list[Tensor],
     extra: float,
     keeps_x: bool,
-) -> Tensor:
-    """Run a norm as one node that is run again in backward, and note what came of it."""
-    y = _one_node.run_again(name, ledger, forward, x, parameters, int(extra * x.nbytes), keeps_x)
-    _recipes.anchor(x)
+) -> Any:
+    """Run a norm that is run again in backward, and note what came of it."""
+    y = run_again(name, ledger, run_it, forward, [x, *parameters], int(extra * x.nbytes), keeps_x)
     _recipes.note(y, forward, [x, *parameters])
     return y
 
@@ -227,7 +244,7 @@ _known_facts: dict[Any, tuple[float, float, bool]] = {}
 def _facts(
     name: str, forward: Callable[..., Tensor], x: Tensor, parameters: Sequence[Tensor], others: list[Any]
 ) -> tuple[float, float, bool]:
-    """What a norm would keep less as one node, what it saves beside its input, and whether it saves that."""
+    """What a norm that is run again would keep less, what it saves beside its input, and whether it saves that."""
     shape = probe_shape(x, channels=name == "group_norm")
     trainable = x.requires_grad, *(p.requires_grad for p in parameters)
     dtypes = tuple(p.dtype for p in parameters)
@@ -255,10 +272,11 @@ def probe_shape(x: Tensor, *, channels: bool = False) -> tuple[int, ...]:
     return tuple(ones)
 
 
-def kept_by_attention(given: Mapping[str, Any], y: Any) -> list[Tensor]:
-    """What an attention keeps for certain: its operands and its result."""
-    tensors = (given.get("query"), given.get("key"), given.get("value"), y)
-    return [t for t in tensors if type(t) is Tensor and t.requires_grad]
+def _note_cast(x: Tensor, y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    formats = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.memory_format)]
+    memory_format = formats[0] if formats else torch.preserve_format
+    run = functools.partial(torch.Tensor.to, dtype=y.dtype, copy=True, memory_format=memory_format)
+    _recipes.note(y, run, [x])
 
 
 def note_activation(run_it: functools.partial[Any], x: Tensor, y: Tensor) -> None:
@@ -316,8 +334,8 @@ def _consume(
     site = entry.scope._sites.find(call.name, ledger.coming_step) if recipes else None
     if not recipes or (site is not None and site.verdict is Verdict.LEAVE):
         y = func(*args, **kwargs)
-        if not torch.is_autocast_enabled(saved[0].device.type):  # or a cast copy may be what is kept
-            for t in saved:
+        for t in saved:
+            if is_saved_itself(call, t):
                 _recipes.anchor(t)
         return y
     hook = ConsumerHook(call.name, recipes, ledger)
@@ -334,7 +352,17 @@ def _consume(
 def saved_operands(call: RecomputeCall, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Those that the call saves: each for the gradient of the other."""
     operands = tensors[-2:] if call.name == "addmm" else tensors[:2]
-    return [t for t, other in (operands, operands[::-1]) if other.requires_grad] if len(operands) == 2 else []
+    if len(operands) < 2:
+        return []
+    both = call.name == "conv"  # its node saves the input for the gradient of a frozen weight, too
+    return [t for t, other in (operands, operands[::-1]) if other.requires_grad or both]
+
+
+def is_saved_itself(call: RecomputeCall, operand: Tensor) -> bool:
+    """Whether what is saved is this operand for certain, and no copy: autocast's, or a contiguous one."""
+    if torch.is_autocast_enabled(operand.device.type):
+        return False
+    return call.name == "mul" or operand.is_contiguous()
 
 
 class Recomputed:

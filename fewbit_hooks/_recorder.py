@@ -41,6 +41,7 @@ from ._recording import (
     CAST,
     CHANGE,
     CONSUMER,
+    EXPOSURE,
     IN,
     MADE,
     MASK,
@@ -313,10 +314,9 @@ class Recorder(TorchFunctionMode):
             if not facts.gains(composite) and not facts.reason:
                 return None
         if call is None:
-            if what["reason"] or not _composites.has_plain_parameters(module):
+            if what["reason"] or (parameters := _composites.own(module)) is None:
                 return None
-            parameters = [self._ref(p) for p in module._parameters.values() if p is not None]
-            what["sources"] = (what["x"], *parameters)
+            what["sources"] = (what["x"], *map(self._ref, parameters))
         elif not what["reason"]:
             assert call.activation is not None
             what |= self._plan(call, call.activation.function, (x,), dict(composite.parameters), x)
@@ -327,18 +327,20 @@ class Recorder(TorchFunctionMode):
         given = call.given(current.args, current.kwargs)
         tensors = [value for value in given.values() if isinstance(value, Tensor)]
         x = next((t for t in tensors if t.requires_grad), None)
-        keeps = _recompute.kept_by_attention(given, y) if call.name == "scaled_dot_product_attention" else []
-        what: dict[str, Any] = {"kind": MASK, "keeps": tuple(map(self._ref, keeps))}
-        if x is None or call.draws_nothing(given):
-            return what if keeps else {}
+        draws_nothing = call.draws_nothing(given)
+        if x is None or (draws_nothing and call.name != "scaled_dot_product_attention"):
+            return {}
         foreign = next((t for t in tensors if type(t) not in (Tensor, nn.Parameter)), x.detach())
         if _policy.obstacle(foreign, self._pack_hook) or _policy.traced():
             return {}
+        kept = []
         for saved in self.saved[current.first :]:
             held = saved.held()
-            if held is not None:
+            if held is not None and not draws_nothing:
                 saved.mask = saved.dtype is torch.bool if call.mask else saved.role == MADE and _is_mask(held.tensor)
-        what["waits"] = call.returns or bool(call.mask)
+            if held is not None and not saved.mask:
+                kept.append(self._ref(held.tensor))
+        what: dict[str, Any] = {"kind": MASK, "keeps": tuple(kept), "waits": call.returns or bool(call.mask)}
         if current.function in PLAIN_DROPOUT and y is not None and not given.get("inplace"):
             what["sources"] = (self._ref(x),)
         return what
@@ -346,6 +348,8 @@ class Recorder(TorchFunctionMode):
     def _again(self, current: _Current, call: RecomputeCall, y: Tensor | None) -> dict[str, Any]:
         """What a scope with `recompute=True` would ask of the call."""
         args, kwargs = current.args, current.kwargs
+        if call.kind == "exposure":
+            return {"kind": EXPOSURE, "x": self._ref(args[0])} if type(args[0]) is Tensor else {}
         admitted = _recompute.admits(args, kwargs, 1, self._pack_hook)
         if admitted is None or y is None:
             return {}
@@ -357,8 +361,8 @@ class Recorder(TorchFunctionMode):
                 return {}
             x = args[0]
             sources = tuple(self._ref(t) for t in (x, *norm.parameters))
-            what |= {"kind": NORM, "x": sources[0], "sources": sources, "one_node": norm.as_one_node}
-            what["keeps"] = sources[:1] if norm.keeps_x else ()
+            what |= {"kind": NORM, "x": sources[0], "sources": sources, "one_node": norm.run_again}
+            what["keeps"] = sources[:1] if norm.anchors_x else ()
         elif call.kind == "softmax":
             tensors = [held.tensor for saved in self.saved[current.first :] if (held := saved.held()) is not None]
             what |= {"kind": SOFTMAX, "keeps": tuple(self._ref(t) for t in tensors)}
@@ -370,7 +374,7 @@ class Recorder(TorchFunctionMode):
             operands = _recompute.saved_operands(call, tensors)
             what |= {"kind": CONSUMER, "operands": tuple(self._ref(t) for t in operands)}
             what["site"] = self._sites.find(call.name, 0)
-            what["autocast"] = torch.is_autocast_enabled(x.device.type)
+            what["keeps"] = tuple(self._ref(t) for t in operands if _recompute.is_saved_itself(call, t))
             if call.kind == "product" and _recompute.are_factors(tensors, kwargs):
                 what["sources"] = tuple(self._ref(t) for t in tensors)
         return what
@@ -386,7 +390,8 @@ class Recorder(TorchFunctionMode):
     def _ref(self, t: Tensor) -> Ref:
         key = self._key(t)
         nbytes = t.untyped_storage().nbytes() if key else 0
-        return Ref(key, nbytes, 0 if t.is_inference() else t._version, t.dtype, isinstance(t, nn.Parameter))
+        version, parameter = 0 if t.is_inference() else t._version, isinstance(t, nn.Parameter)
+        return Ref(key, nbytes, version, t.dtype, parameter, t.grad_fn is not None)
 
     def _key(self, t: Tensor) -> int:
         """The address of the storage, its name as long as the recorder lives; 0 where there is none."""

@@ -16,7 +16,7 @@ from ._modules import ModuleRef
 from ._sites import Site
 
 IN, OUT, MADE = "input", "output", "made by the call"
-OTHER, ACTIVATION, MASK, NORM, SOFTMAX, CAST, CONSUMER, CHANGE = (
+OTHER, ACTIVATION, MASK, NORM, SOFTMAX, CAST, CONSUMER, EXPOSURE, CHANGE = (
     "other",
     "activation",
     "mask",
@@ -24,6 +24,7 @@ OTHER, ACTIVATION, MASK, NORM, SOFTMAX, CAST, CONSUMER, CHANGE = (
     "softmax",
     "cast",
     "consumer",
+    "exposure",
     "change",
 )
 
@@ -34,6 +35,7 @@ class Ref(NamedTuple):
     Attributes:
         storage, nbytes: the storage that it is in, all of it.
         parameter: it is one of the model's.
+        recorded: it is the result of an operation that autograd records.
     """
 
     storage: int
@@ -41,6 +43,7 @@ class Ref(NamedTuple):
     version: int
     dtype: torch.dtype
     parameter: bool
+    recorded: bool
 
 
 @dataclass(eq=False, slots=True)
@@ -51,8 +54,8 @@ class Operation:
         name: of the torch call, the activation, the module that is run as one node, or the custom Function.
         module, model: the innermost and the outermost module it was made in.
         custom: it is a custom autograd Function.
-        kind: what a scope sees in it: an activation; a mask call (dropout); and, with `recompute=True`, a norm, a
-            softmax, a cast, a consumer (Linear, product); a change in place; or nothing.
+        kind: what a scope sees in it: an activation; a mask call (dropout); a change in place; with `recompute=True`,
+            a norm, a softmax, a cast, a consumer (Linear, product), the exposure of a tensor's memory; or nothing.
         reason: why a scope would keep a recognised call as it is; empty where it would not.
         site: the place in the model that it came from; None outside of any module.
         x, y: its input and its output.
@@ -60,13 +63,12 @@ class Operation:
         exact: the activation's derivative has two values.
         saves_input: the activation's node does.
         beside: bits an element that its derivative takes beside its output; None where it cannot be had from it.
-        one_node: a scope runs it as one node.
+        one_node: a scope treats it as a whole: runs it as one node, or again.
         parts: the calls of its primitives, if it is a module.
-        within: the module that would be run as one node, in which it was made.
+        within: the module that would be treated as a whole, in which it was made.
         sources: from these `y` can be computed again; none where it cannot.
-        keeps: what its node keeps for certain.
+        keeps: what its node keeps for certain: others can be computed again from that.
         operands: of a consumer, what it saves.
-        autocast: was on.
         waits: its mask is the caller's, who may hold it.
     """
 
@@ -90,7 +92,6 @@ class Operation:
     sources: tuple[Ref, ...] = ()
     keeps: tuple[Ref, ...] = ()
     operands: tuple[Ref, ...] = ()
-    autocast: bool = False
     waits: bool = False
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ._compiled import coding
+from ._compiled import Coding, coding
 from ._policy import innermost_hooks
 
 if TYPE_CHECKING:
@@ -75,8 +75,10 @@ def active() -> Entry | None:
 
 
 def acting() -> Any:
-    """The same at the cost of a look, for what is asked at every call; or the recorder, if there is none above it."""
-    return _thread.acting
+    """The same at the cost of a look, for what is asked at every call; or a profile's recorder, if there is no entry
+    above it. None where torch's modes are off, too."""
+    found = _thread.acting
+    return None if found is None or torch._C._is_torch_function_all_disabled() else found
 
 
 @contextlib.contextmanager
@@ -107,6 +109,15 @@ def _act(entry: Entry | None) -> None:
         _thread.mode.entry = entry
     recorded = _thread.recorder is not None and len(_thread.entries) <= _thread.below
     _thread.acting = _thread.recorder if recorded else entry
+
+
+def coding_here() -> Coding | None:
+    """What is coded in a graph that is compiled on this thread. Dynamo reads it: it must be plain."""
+    mode = _thread.mode
+    if mode is None or mode.entry is None:
+        return None
+    found: Coding | None = mode.entry.coding
+    return found
 
 
 def push(entry: Entry, mode_class: type[TorchFunctionMode]) -> None:

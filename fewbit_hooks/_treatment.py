@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from . import _hooks, _one_node, _policy, _recipes, _recompute
+from ._again import run_again
 from ._calls import Call
 from ._inverse import Itself
 from ._ledger import HELD, Ledger
@@ -82,10 +83,9 @@ def leave(
 
 
 def again(entry: Entry, name: str, forward: Callable[..., Tensor], x: Tensor, never_kept: int) -> Tensor:
-    """Run an activation as one node that keeps its input and is run again in backward: exact."""
-    y = _one_node.run_again(name, entry.scope._ledger, forward, x, [], never_kept)
+    """Run an activation that is written in primitives so that it keeps its input and is run again: exact."""
+    y: Tensor = run_again(name, entry.scope._ledger, lambda: forward(x), forward, [x], never_kept)
     if entry.recomputes:
-        _recipes.anchor(x)
         _recipes.note(y, forward, [x])
     return y
 

@@ -233,7 +233,8 @@ def test_where_only_the_activation_keeps_it_its_codes_take_the_bits_given() -> N
 
 
 def test_two_valued_activations_and_masks_take_one_bit_exactly() -> None:
-    assert set(predictions(nn.LeakyReLU()).values()) == {(128, 4)}
+    assert set(predictions(nn.LeakyReLU(), frozen=True).values()) == {(128, 4)}
+    assert set(predictions(nn.LeakyReLU()).values()) == {(128, 0)}  # its output, which is kept, says as much
     assert set(predictions(nn.Dropout(0.5)).values()) == {(128, 4)}
     # dropout keeps no values: relu's output is relu's alone
     assert set(predictions(nn.ReLU(), nn.Dropout(0.5), frozen=True).values()) == {(256, 8)}
@@ -285,6 +286,45 @@ def test_a_scope_that_has_learned_frees_what_was_predicted(make: Any, bits: int)
         loss = loss_of(model, batch)
     freed = profile.nbytes - sum(held_for_backward(loss, own).values())
     assert freed == pytest.approx(predicted, rel=0.01)
+
+
+class TanhGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x * (1 + torch.tanh(0.7978845608 * (x + 0.044715 * x**3)))
+
+
+class Twice(nn.Module):
+    """Another node keeps the activation's input as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = TanhGELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x) + x.square()
+
+
+@pytest.mark.parametrize("setting", [{"bits": 1}, {"bits": 3}, {"exact": True}], ids=str)
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("act", [TanhGELU, Twice])
+def test_a_composite_is_predicted_as_the_one_node_that_it_runs_as(
+    act: type[nn.Module], frozen: bool, setting: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TanhGELU, "forward", TanhGELU.forward)  # given back afterwards
+    fewbit.register_module(TanhGELU, "gelu", approximate="tanh")
+    last = nn.Linear(256, 8).requires_grad_(not frozen)
+    model, x = nn.Sequential(nn.Linear(64, 256), act(), last), torch.randn(512, 64)
+    profile = fewbit.profile(model, x)
+    predicted = profile.predictions[setting.get("bits", 5) - 1]
+    own = list(model.parameters())
+    assert profile.nbytes == pytest.approx(sum(held_for_backward(model(x).mean(), own).values()), rel=0.001)
+    memory = fewbit.scope(**setting)
+    for _ in range(3):
+        with memory:
+            loss = model(x).mean()
+            torch.autograd.grad(loss, loss)
+    assert sum(held_for_backward(loss, own).values()) == pytest.approx(predicted.held_bytes, rel=0.02)
+    assert {r.operation for r in profile.rows if r.module.endswith(("1", "act"))} == {"gelu"}
 
 
 # What is printed, and the command.
