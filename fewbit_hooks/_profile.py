@@ -14,6 +14,7 @@ from ._errors import FewbitTypeError
 from ._predict import Outlook, Prediction, predict
 from ._profile_table import Profile, ProfileRow
 from ._recorder import Recorder, tensors_in
+from ._quantizer import check_bits
 from ._recording import Operation, Saved
 from ._restore import buffers_restored, generators_restored
 from ._scope import scope
@@ -46,6 +47,7 @@ def profile(
     `profile(model, batch)` runs the forward of `model`; `profile(step)` runs a step of yours, whatever it does. The
     saved tensors are looked at as they are saved: on any torch that the library runs on, and for any model. Every
     storage is counted once, however many nodes keep it; parameters and buffers are the model's and are not counted.
+    The predictions play a scope on what was recorded, until it has learned what others keep.
 
     Args:
         model: what to run: a module, or any callable.
@@ -58,6 +60,7 @@ def profile(
 
     Raises:
         FewbitTypeError: what was returned has no graph.
+        FewbitTypeError, FewbitValueError: `bits` is not a number from 1 to 8, and the like.
 
     What counts is held when the forward is over: when a backward begins inside the step, or else when it has returned
     a tensor with a graph (the loss; or an output with a `.loss`; or else its first floating tensor). The forward is
@@ -71,6 +74,7 @@ def profile(
     (`3.0 * x`, 8 bytes each) are not counted. torch.func's grad, vjp and jacrev do not run under saved-tensor hooks,
     and so not here.
     """
+    bits = check_bits(bits)
     recorder = Recorder()
     args, kwargs = _arguments(batch)
     user = list(tensors_in((args, kwargs)))
