@@ -13,8 +13,8 @@ from . import _policy, _stack
 from ._errors import FewbitTypeError
 from ._predict import Outlook, Prediction, predict
 from ._profile_table import Profile, ProfileRow
-from ._recorder import Recorder, tensors_in
 from ._quantizer import check_bits
+from ._recorder import Recorder, tensors_in
 from ._recording import Operation, Saved
 from ._restore import buffers_restored, generators_restored
 from ._scope import scope

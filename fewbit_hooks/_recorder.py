@@ -5,9 +5,8 @@ keeps. Together they know both. For a profile, and only for one, the hooks are o
 hands autograd a `Kept` in place of the tensor, of which the recorder holds a weak reference: what is dropped of the
 graph before the forward ends was not kept, and is not counted.
 
-Beside what is kept, the recorder writes down what a scope would ask of each call (`_recording.py`): what it is
-recognised as, what its result can be computed again from. Modules that a scope runs as one node hand it their forward
-(`run_composite`), so that what their primitives keep is known as theirs.
+Beside what is kept, the recorder writes down what a scope would see in each call (`_seen.py`). Modules that a scope
+treats as a whole hand it their forward (`run_composite`), so that what their primitives keep is known as theirs.
 
 Custom autograd Functions are no torch calls; the Python frame of their `apply` names them. What they keep as
 attributes of `ctx`, and not by `save_for_backward`, passes no hook.
@@ -28,31 +27,15 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from . import _composites, _policy, _recompute, _stack, _treatment, ops
-from ._calls import BACKWARD, RECOGNISED, Call
+from . import _composites, _policy, _recompute, _stack
+from ._calls import BACKWARD, RECOGNISED
 from ._composites import Composite
 from ._hooks import Kept, unpack
 from ._mask_calls import MaskCall
-from ._masks import PLAIN_DROPOUT
 from ._modules import innermost_module, outermost_module
-from ._recompute import RECOMPUTE, RecomputeCall
-from ._recording import (
-    ACTIVATION,
-    CAST,
-    CHANGE,
-    CONSUMER,
-    EXPOSURE,
-    IN,
-    MADE,
-    MASK,
-    NORM,
-    OUT,
-    SOFTMAX,
-    Operation,
-    Ref,
-    Saved,
-)
-from ._sites import Sites
+from ._recompute import RECOMPUTE
+from ._recording import IN, MADE, OUT, Operation, Saved
+from ._seen import Seen
 
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 UNSEEN = "(no torch call)"
@@ -64,8 +47,6 @@ class _Current:
     """The torch call that is running; it becomes an operation when it saves something."""
 
     function: Any
-    call: Call | None
-    again: RecomputeCall | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     operation: Operation | None = None
@@ -74,14 +55,8 @@ class _Current:
     @property
     def name(self) -> str:
         """Of the activation, or else torch's own."""
-        activation = self.call is not None and not isinstance(self.call, MaskCall)
-        return self.call.name if activation and self.call is not None else _name(self.function)
-
-    @property
-    def changes(self) -> bool:
-        """By its name it changes its first argument."""
-        name = getattr(self.function, "__name__", "")
-        return name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+        call = RECOGNISED.get(self.function)
+        return _name(self.function) if call is None or isinstance(call, MaskCall) else call.name
 
 
 class Recorder(TorchFunctionMode):
@@ -108,8 +83,8 @@ class Recorder(TorchFunctionMode):
         self._weak: dict[int, StorageWeakRef] = {}  # keeps the address of a storage that is gone from being used again
         self._current: _Current | None = None
         self._within: Operation | None = None
-        self._sites = Sites()
         self._pack_hook = self._pack  # one bound method, to be recognised as the innermost hook
+        self._seen = Seen(self._key, self._pack_hook)
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack_hook, unpack)
 
     def __enter__(self) -> Recorder:
@@ -151,13 +126,11 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        call = RECOGNISED.get(func)
-        if call is BACKWARD:
+        if RECOGNISED.get(func) is BACKWARD:
             self.freeze(tensors_in(args[:1] or tuple(kwargs.values())[:1]))
         if self.frozen or not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        again = RECOMPUTE.get(func) if call is None else None
-        outer, self._current = self._current, _Current(func, call, again, args, kwargs, first=len(self.saved))
+        outer, self._current = self._current, _Current(func, args, kwargs, first=len(self.saved))
         try:
             result = func(*args, **kwargs)
             if self._current.operation is None and not _is_attribute(func):
@@ -177,7 +150,8 @@ class Recorder(TorchFunctionMode):
         operation = None
         if self._within is None and not self.frozen:
             with torch._C.DisableTorchFunction():
-                operation = self._composite(composite, module, args, kwargs)
+                what = self._seen.composite(composite, module, args, kwargs)
+                operation = self._new(composite.name, **what) if what else None
         if operation is None:
             return composite.forward(module, *args, **kwargs)
         self._within = operation
@@ -188,7 +162,7 @@ class Recorder(TorchFunctionMode):
         self.operations.append(operation)
         if isinstance(y, Tensor):
             with torch._C.DisableTorchFunction():
-                operation.y = self._ref(y)
+                operation.y = self._seen.ref(y)
         return y
 
     def _pack(self, t: Tensor) -> Kept:
@@ -239,159 +213,23 @@ class Recorder(TorchFunctionMode):
             for saved in self.saved[current.first :]:
                 saved.role = OUT if saved.storage in outputs else IN if saved.storage in inputs else MADE
         y = result if isinstance(result, Tensor) else None
-        if isinstance(current.call, MaskCall):
-            what = self._mask_call(current, current.call, y)
-        elif current.call is not None:
-            what = self._activation(current, current.call, y)
-        elif current.again is not None:
-            what = self._again(current, current.again, y)
-        else:
-            what = {"kind": CHANGE} if current.changes and current.args and y is current.args[0] else {}
+        what = self._seen.call(current.function, current.args, current.kwargs, y, self.saved[current.first :])
         if current.operation is None and not what:
             return
         operation = self._operation(None)
         for key, value in what.items():
             setattr(operation, key, value)
         if what and y is not None:
-            operation.y = self._ref(y)
+            operation.y = self._seen.ref(y)
         self._append(operation)
-
-    def _activation(self, current: _Current, call: Call, y: Tensor | None) -> dict[str, Any]:
-        args, kwargs = current.args, current.kwargs
-        x = call.input(args, kwargs)
-        if not isinstance(x, Tensor) or not x.requires_grad or y is None:
-            return {}
-        what = self._input(ACTIVATION, call, x)
-        if what.get("reason") in _treatment.NO_BYTES:
-            return {}
-        if not what["reason"]:
-            what |= self._plan(call, current.function, args, kwargs, x)
-        what["one_node"] = call.one_node is not None
-        rest = {key: value for key, value in kwargs.items() if key not in ("input", "self")}
-        if what["saves_input"] and _recompute.takes_one_tensor(args, rest):
-            what["sources"] = (what["x"],)
-        return what
-
-    def _input(self, kind: str, call: Call | RecomputeCall | Composite, x: Tensor) -> dict[str, Any]:
-        activation = call.activation if isinstance(call, Call) else None
-        return {
-            "kind": kind,
-            "reason": _policy.obstacle(x, self._pack_hook),
-            "site": self._sites.find(call.name, 0),
-            "x": self._ref(x),
-            "x_bytes": x.numel() * x.element_size(),
-            "x_shape": x.shape,
-            "exact": activation is not None and activation.exact,
-            "saves_input": activation is not None and activation.saves == "input",
-        }
-
-    def _plan(
-        self, call: Call, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
-    ) -> dict[str, Any]:
-        try:
-            plan = _policy.make_plan(_policy.Settings(), call, function, args, kwargs, x)
-            if call.one_node is not None and plan.captures(x):
-                raise _policy.Keep(_policy.CAPTURED)
-        except _policy.Keep as keep:
-            return {"reason": str(keep)}
-        inverse = plan.inverse(x)
-        return {"beside": inverse.bits if inverse is not None else None}
-
-    def _composite(
-        self, composite: Composite, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Operation | None:
-        """What a scope would see in such a module; None where it would look at its primitives."""
-        x = args[0] if args else next(iter(kwargs.values()), None)
-        if len(args) + len(kwargs) != 1 or not isinstance(x, Tensor) or not x.requires_grad or _policy.traced():
-            return None
-        call = composite.call
-        what = self._input(NORM if call is None else ACTIVATION, call or composite, x)
-        if what["reason"] in _treatment.NO_BYTES:
-            return None
-        if not what["reason"]:
-            facts = _composites.look_at(composite, module, x)
-            what["reason"] = facts.reason
-            if not facts.gains(composite) and not facts.reason:
-                return None
-        if call is None:
-            if what["reason"] or (parameters := _composites.own(module)) is None:
-                return None
-            what["sources"] = (what["x"], *map(self._ref, parameters))
-        elif not what["reason"]:
-            assert call.activation is not None
-            what |= self._plan(call, call.activation.function, (x,), dict(composite.parameters), x)
-            what["sources"] = (what["x"],)
-        return self._new(composite.name, one_node=True, **what)
-
-    def _mask_call(self, current: _Current, call: MaskCall, y: Tensor | None) -> dict[str, Any]:
-        given = call.given(current.args, current.kwargs)
-        tensors = [value for value in given.values() if isinstance(value, Tensor)]
-        x = next((t for t in tensors if t.requires_grad), None)
-        draws_nothing = call.draws_nothing(given)
-        if x is None or (draws_nothing and call.name != "scaled_dot_product_attention"):
-            return {}
-        foreign = next((t for t in tensors if type(t) not in (Tensor, nn.Parameter)), x.detach())
-        if _policy.obstacle(foreign, self._pack_hook) or _policy.traced():
-            return {}
-        kept = []
-        for saved in self.saved[current.first :]:
-            held = saved.held()
-            if held is not None and not draws_nothing:
-                saved.mask = saved.dtype is torch.bool if call.mask else saved.role == MADE and _is_mask(held.tensor)
-            if held is not None and not saved.mask:
-                kept.append(self._ref(held.tensor))
-        what: dict[str, Any] = {"kind": MASK, "keeps": tuple(kept), "waits": call.returns or bool(call.mask)}
-        if current.function in PLAIN_DROPOUT and y is not None and not given.get("inplace"):
-            what["sources"] = (self._ref(x),)
-        return what
-
-    def _again(self, current: _Current, call: RecomputeCall, y: Tensor | None) -> dict[str, Any]:
-        """What a scope with `recompute=True` would ask of the call."""
-        args, kwargs = current.args, current.kwargs
-        if call.kind == "exposure":
-            return {"kind": EXPOSURE, "x": self._ref(args[0])} if type(args[0]) is Tensor else {}
-        admitted = _recompute.admits(args, kwargs, 1, self._pack_hook)
-        if admitted is None or y is None:
-            return {}
-        x, tensors = admitted
-        what: dict[str, Any] = {"x_bytes": x.numel() * x.element_size()}
-        if call.kind == "norm":
-            norm = _recompute.look_at_norm(call, current.function, args, kwargs)
-            if norm is None:
-                return {}
-            x = args[0]
-            sources = tuple(self._ref(t) for t in (x, *norm.parameters))
-            what |= {"kind": NORM, "x": sources[0], "sources": sources, "one_node": norm.run_again}
-            what["keeps"] = sources[:1] if norm.anchors_x else ()
-        elif call.kind == "softmax":
-            tensors = [held.tensor for saved in self.saved[current.first :] if (held := saved.held()) is not None]
-            what |= {"kind": SOFTMAX, "keeps": tuple(self._ref(t) for t in tensors)}
-        elif call.kind == "cast":
-            if not _recompute.is_cast(x, y, args):
-                return {}
-            what |= {"kind": CAST, "sources": (self._ref(x),)}
-        else:
-            operands = _recompute.saved_operands(call, tensors)
-            what |= {"kind": CONSUMER, "operands": tuple(self._ref(t) for t in operands)}
-            what["site"] = self._sites.find(call.name, 0)
-            what["keeps"] = tuple(self._ref(t) for t in operands if _recompute.is_saved_itself(call, t))
-            if call.kind == "product" and _recompute.are_factors(tensors, kwargs):
-                what["sources"] = tuple(self._ref(t) for t in tensors)
-        return what
 
     def _copied(self, t: Tensor) -> int:
         """The storage of the operand that a consumer's saved tensor is autocast's copy of."""
         current = self._current
-        if current is None or current.again is None or t.grad_fn is None:
+        if current is None or current.function not in RECOMPUTE or t.grad_fn is None:
             return 0
         operands = (o for o in (*current.args, *current.kwargs.values()) if isinstance(o, Tensor))
         return next((self._key(o) for o in operands if _recompute.is_autocast_of(t, o)), 0)
-
-    def _ref(self, t: Tensor) -> Ref:
-        key = self._key(t)
-        nbytes = t.untyped_storage().nbytes() if key else 0
-        version, parameter = 0 if t.is_inference() else t._version, isinstance(t, nn.Parameter)
-        return Ref(key, nbytes, version, t.dtype, parameter, t.grad_fn is not None)
 
     def _key(self, t: Tensor) -> int:
         """The address of the storage, its name as long as the recorder lives; 0 where there is none."""
@@ -405,13 +243,6 @@ class Recorder(TorchFunctionMode):
     def _note_module(self, module: nn.Module, _: Any) -> None:
         self.note_own(module.parameters(recurse=False))
         self.note_own(module.buffers(recurse=False))
-
-
-def _is_mask(t: Tensor) -> bool:
-    if t.dtype is torch.bool:
-        return True
-    # on CUDA the host would have to wait to see it
-    return not t.is_cuda and t.dtype in _policy.DTYPES and t.numel() > 0 and ops.second_value(t) is not None
 
 
 def _is_attribute(function: Any) -> bool:
