@@ -77,7 +77,7 @@ RECOMPUTE: dict[Any, RecomputeCall] = {
 
 
 def run(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
-    """Make such a call under a scope with `recompute=True`."""
+    """Make such a call under a scope with `recompute=True`, or in one inside it."""
     kwargs = kwargs or {}
     if call.kind == "exposure":
         if type(args[0]) is Tensor and not _policy.traced():
@@ -87,6 +87,7 @@ def run(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwa
     x = next((t for t in tensors if type(t) is Tensor), None)
     if (
         x is None
+        or not entry.recomputes
         or not torch.is_grad_enabled()
         or entry.hooks is not None  # innermost hooks win: those that were there before ours keep what is kept
         or not all(type(t) in (Tensor, nn.Parameter) for t in tensors)

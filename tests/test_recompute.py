@@ -592,6 +592,17 @@ def test_a_change_behind_autograds_back_before_the_consumer_is_seen(change: Any,
     assert bit_equal(step(model, x, exact()), step(model, x))
 
 
+def test_a_change_behind_autograds_back_in_a_scope_inside_is_seen(x: Tensor) -> None:
+    def between(h: Tensor) -> Tensor:
+        y = F.silu(h)
+        with few(bits=None):
+            y.data.mul_(2.0)
+        return y
+
+    model = Chain(between)
+    assert bit_equal(step(model, x, exact()), step(model, x))
+
+
 def test_a_detached_input_holds_no_more_than_stock(x: Tensor) -> None:
     trunk, head = Gated(), nn.Linear(64, 8)
 
