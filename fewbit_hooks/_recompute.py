@@ -31,7 +31,7 @@ from ._hooks import Kept, unpack
 from ._ledger import RECOMPUTED, Ledger, Step
 from ._recipes import Geometry, Recipe
 from ._replay import Autocast
-from ._sites import Verdict, Watch
+from ._sites import Site, Verdict, Watch
 from ._stack import Entry
 from ._standins import saves
 
@@ -218,14 +218,11 @@ def _note_cast(func: Any, x: Tensor, y: Any, args: tuple[Any, ...], kwargs: dict
         _recipes.note(y, run, [x])
 
 
-def note_activation(run_it: functools.partial[Any], x: Tensor, y: Tensor) -> None:
-    """An activation ran as it is, as `run_it()`, and its node keeps its input."""
-    if y.untyped_storage()._cdata == x.untyped_storage()._cdata:
-        return  # in place: the node keeps a copy
-    _recipes.anchor(x)
+def note_activation(run_it: functools.partial[Any], x: Tensor, y: Tensor, site: tuple[Site, int] | None = None) -> None:
+    """An activation ran as `run_it()`; whether its node keeps its input is told by an anchor, or not."""
     rest = {key: value for key, value in run_it.keywords.items() if key not in ("input", "self")}
     if not any(isinstance(value, Tensor) for value in (*run_it.args[1:], *rest.values())):
-        _recipes.note(y, _With(run_it.func, run_it.args[1:], rest), [x])
+        _recipes.note(y, _With(run_it.func, run_it.args[1:], rest), [x], site=site)
 
 
 def note_dropout(x: Tensor, y: Tensor, mask: Any, p: float) -> None:
@@ -259,16 +256,13 @@ def _consume(
         return func(*args, **kwargs)
     both = call.name == "conv"  # its node saves the input for the gradient of a frozen weight, too
     saved = [t for t, other in (operands, operands[::-1]) if other.requires_grad or both]
-    recipes = {
-        t.untyped_storage()._cdata: (t, recipe)
-        for t in saved
-        if (origin := _recipes.find(t)) is not None
-        and not _recipes.is_anchor(t)
-        and (recipe := origin.recipe()) is not None
-    }
     ledger = entry.scope._ledger
-    site = entry.scope._sites.find(call.name, ledger.coming_step) if recipes else None
-    if not recipes or (site is not None and site.verdict is Verdict.LEAVE):
+    made = [(t, origin) for t in saved if (origin := _recipes.find(t)) is not None and not _recipes.is_anchor(t)]
+    site = entry.scope._sites.find(call.name, ledger.coming_step) if made else None
+    if site is not None and site.verdict is Verdict.LEAVE:
+        made = []  # nor is anything asked for
+    recipes = {t.untyped_storage()._cdata: (t, recipe) for t, origin in made if (recipe := origin.recipe()) is not None}
+    if not recipes:
         y = func(*args, **kwargs)
         if not torch.is_autocast_enabled(operands[0].device.type):  # or a cast copy may be what is kept
             for t in saved:
