@@ -40,7 +40,8 @@ from ._standins import saves
 OWN_FORWARD = "its instance has a forward of its own"
 OTHER_FUNCTION = "its forward does not compute {}"
 HAS_PARAMETERS = "it has parameters, and so is not pointwise in its input alone"
-CHANGES = "it changes its input, or returns it"
+NO_NODE = "it does not return one new tensor of its input's shape"
+NO_PROBE = "it could not be tried on a small input: {}"
 CAPTURES = "it depends on a tensor that requires grad and is no parameter of its own"
 
 Forward = Callable[..., Tensor]
@@ -306,7 +307,8 @@ def look_at(composite: Composite, module: nn.Module, x: Tensor) -> Facts:
     key = x.dtype, x.device, x.requires_grad, trainable, Autocast.of(x.device.type)
     known = _facts.setdefault(module, {})
     if key not in known:
-        known[key] = Facts(_reason_to_leave(composite, module, x), *_saves(composite, module, x))
+        reason = _reason_to_leave(composite, module, x)
+        known[key] = Facts(reason, 0.0, True) if reason else Facts("", *_saves(composite, module, x))
     return known[key]
 
 
@@ -316,10 +318,14 @@ def _reason_to_leave(composite: Composite, module: nn.Module, x: Tensor) -> str:
     if module._modules and any(p is not None for m in module._modules.values() if m for p in m.parameters()):
         return HAS_PARAMETERS
     probe = _probe(composite, x)
-    with pristine(autocast=True):
-        y = _Shell(composite, module)(probe, *(p.detach() for p in _own(module)))
-    if probe._version or not isinstance(y, Tensor) or y.untyped_storage()._cdata == probe.untyped_storage()._cdata:
-        return CHANGES
+    version = probe._version
+    try:
+        with pristine(autocast=True):
+            y = _Shell(composite, module)(probe, *(p.detach() for p in _own(module)))
+    except Exception as error:  # the report has it
+        return NO_PROBE.format(error)
+    if not isinstance(y, Tensor) or y.shape != probe.shape or probe._version != version or _shared(y, probe):
+        return NO_NODE
     if y.requires_grad:
         return CAPTURES  # a weight computed from others, by a hook say
     if composite.call is None:
@@ -334,6 +340,10 @@ def _reason_to_leave(composite: Composite, module: nn.Module, x: Tensor) -> str:
     # FastGELU's constant has ten digits
     same = isinstance(found, Tensor) and found.shape == grid.shape and torch.allclose(found.double(), expected, 0, 1e-6)
     return "" if same else OTHER_FUNCTION.format(composite.name)
+
+
+def _shared(a: Tensor, b: Tensor) -> bool:
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
 def _saves(composite: Composite, module: nn.Module, x: Tensor) -> tuple[float, bool]:

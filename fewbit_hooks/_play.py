@@ -48,11 +48,14 @@ class Step:
         freed, kept: as in `Outlook`, said of storages that may be held by others all the same.
     """
 
-    def __init__(self, kept_by: Mapping[Operation, Sequence[Saved]], settings: Settings, own: Collection[int]) -> None:
+    def __init__(
+        self, kept_by: Mapping[Operation, Sequence[Saved]], settings: Settings, own: Collection[int], number: int
+    ) -> None:
         self._kept_by = kept_by
         self._settings = settings
         self._min_bytes = max(settings.min_bytes, 1)
         self._own = own
+        self._number = number
         self.held: dict[int, int] = {}
         self.code_bytes = 0
         self.freed: dict[int, str] = {}
@@ -60,7 +63,7 @@ class Step:
         self._keepers: Counter[int] = Counter()
         self._waiting: list[Saved] = []
         self._watches: list[tuple[Site, list[int], Ref, Verdict]] = []
-        self._origins: dict[int, Operation] = {}
+        self._origins: dict[int, tuple[Operation, Site | None]] = {}
         self._anchors: dict[int, Ref] = {}
         self._versions: dict[int, int] = {}
 
@@ -92,7 +95,7 @@ class Step:
             elif recompute and large and operation.kind == CAST:
                 self._note(operation)
 
-    def end(self, number: int) -> None:
+    def end(self) -> None:
         """The forward is over: pack the masks that nobody holds, and let the sites learn."""
         for tensor in self._waiting:
             if self._keepers[tensor.storage] > 1 or tensor.storage in self._own:
@@ -104,7 +107,7 @@ class Step:
             if Verdict.OUTPUT in (treated, site.expected) and self._versions[y.storage] != y.version:
                 site.output_changes = True
                 site.forget()
-            site.see(all(s in alive for s in storages), y.storage in alive, treated, number)
+            site.see(all(s in alive for s in storages), y.storage in alive, treated, self._number)
 
     # --- the calls ---
 
@@ -127,16 +130,15 @@ class Step:
 
     def _treat(self, operation: Operation, saved: list[Saved], x: Ref, y: Ref) -> None:
         site = operation.site
-        verdict = site.treatment(self._settings.recompute) if site is not None else Verdict.UNKNOWN
-        if verdict is Verdict.INPUT and operation.exact:
-            verdict = Verdict.OUTPUT
+        recompute = self._settings.recompute and not (operation.exact and not operation.parts)
+        verdict = site.treatment(recompute, self._number) if site is not None else Verdict.UNKNOWN
         if verdict in (Verdict.LEAVE, Verdict.INPUT):
             reason = SHARED if verdict is Verdict.LEAVE else f"kept: {SOURCE}"
             if operation.one_node:
-                self._again(operation)
+                self._again(operation, site)
                 self.kept[x.storage] = reason
             else:
-                self._leave(operation, reason)
+                self._leave(operation, reason, site)
             if verdict is Verdict.INPUT:
                 self._watch(operation, [], verdict)
             return
@@ -159,23 +161,25 @@ class Step:
             self.held[y.storage] = y.nbytes
         storages = [x.storage] if operation.one_node else [tensor.storage for tensor in coded]
         self._watch(operation, storages, Verdict.CODES if beside is None else Verdict.OUTPUT)
+        if not operation.exact and (site is not None or not operation.one_node):
+            self._note(operation, site)
 
-    def _leave(self, operation: Operation, reason: str) -> None:
+    def _leave(self, operation: Operation, reason: str, site: Site | None = None) -> None:
         self.hold(self._tensors(operation), reason)
         x, y = operation.x, operation.y
         if operation.saves_input and x is not None and y is not None and x.storage != y.storage:
             self._anchor(x)
             if not operation.parts:
-                self._note(operation)
+                self._note(operation, site)
 
-    def _again(self, operation: Operation) -> None:
+    def _again(self, operation: Operation, site: Site | None = None) -> None:
         """Run as one node that keeps its input."""
         assert operation.x is not None
         self.held[operation.x.storage] = operation.x.nbytes
         for tensor in self._tensors(operation):
             self.freed.setdefault(tensor.storage, FROM_INPUT)
         self._anchor(operation.x)
-        self._note(operation)
+        self._note(operation, site)
 
     def _norm(self, operation: Operation) -> None:
         saved = self._tensors(operation)
@@ -206,11 +210,12 @@ class Step:
     def _consumer(self, operation: Operation) -> None:
         site, saved = operation.site, self._tensors(operation)
         recipes: dict[int, tuple[Ref, list[Ref]]] = {}
-        for ref in operation.operands:
+        left_alone = site is not None and site.verdict is Verdict.LEAVE
+        for ref in operation.operands if not left_alone else ():
             leaves = self._leaves(ref, DEPTH) if not self._is_kept(ref.storage) else None
             if leaves is not None:
                 recipes[ref.storage] = ref, leaves
-        if not recipes or (site is not None and site.verdict is Verdict.LEAVE):
+        if not recipes:
             self.hold(saved)
             self._anchor(*operation.keeps)
         else:
@@ -258,26 +263,23 @@ class Step:
         if self._settings.recompute:
             self._anchors.update((ref.storage, ref) for ref in refs)
 
-    def _note(self, operation: Operation) -> None:
+    def _note(self, operation: Operation, site: Site | None = None) -> None:
         y, sources = operation.y, operation.sources
         if y is not None and y.recorded and sources and all(ref.storage != y.storage for ref in sources):
-            self._origins[y.storage] = operation
+            self._origins[y.storage] = operation, site
 
     def _is_kept(self, storage: int) -> bool:
         return storage in self._anchors and (storage in self.held or storage in self._own)
 
     def _leaves(self, ref: Ref, depth: int) -> list[Ref] | None:
         """The kept tensors from which one can be computed again; None where it cannot."""
-        origin = self._origins.get(ref.storage)
+        origin, site = self._origins.get(ref.storage, (None, None))
         if depth == 0 or origin is None or origin.y is None or origin.y.version != ref.version or not ref.recorded:
             return None
-        leaves: list[Ref] = []
-        for source in origin.sources:
-            found = self._leaf(source, depth - 1)
-            if found is None:
-                return None
-            leaves += found
-        return leaves
+        found = [self._leaf(source, depth - 1) for source in origin.sources]
+        if site is not None:
+            site.asked_for(self._number, given=None not in found)
+        return None if None in found else [leaf for leaves in found if leaves for leaf in leaves]
 
     def _leaf(self, source: Ref, depth: int) -> list[Ref] | None:
         if source.parameter:
@@ -286,7 +288,7 @@ class Step:
         changed = self._versions.get(source.storage, source.version) != source.version
         if kept is not None and self._is_kept(source.storage) and kept.dtype == source.dtype and not changed:
             return [source]
-        origin = self._origins.get(source.storage)
+        origin, _ = self._origins.get(source.storage, (None, None))
         same = origin is not None and origin.y is not None and origin.y.dtype == source.dtype
         return self._leaves(source, depth) if same else None
 

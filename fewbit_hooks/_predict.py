@@ -13,8 +13,8 @@ from ._policy import Settings
 from ._recording import ACTIVATION, IN, Operation, Saved
 
 STEPS = 8
-"""Forwards that are played. An activation's verdict takes two; that of a consumer behind it, two more; that its output
-stays for all that, one."""
+"""Forwards that are played. An activation's verdict takes two; that of a consumer behind it, two more; to see that its
+output stays for all that, or serves nobody, one."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ def predict(
     played = {o for operation in operations for o in (operation, *operation.parts)}
     strays = [tensor for tensor in saved if tensor.operation not in played]  # of calls that raised
     for number in range(STEPS):
-        step = Step(kept_by, settings, own)
+        step = Step(kept_by, settings, own, number)
         step.hold(strays)
         for operation in operations:
             step.play(operation)
-        step.end(number)
+        step.end()
     original = {tensor.storage for tensor in saved}
     held = own.union(step.held)
     added = sum(nbytes for storage, nbytes in step.held.items() if storage not in original and storage not in own)

@@ -35,6 +35,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ._errors import FewbitError, FewbitRuntimeError
 from ._hooks import Kept
 from ._replay import Autocast, replay
+from ._sites import Site
 
 DEPTH = 8
 """Steps from a recipe to what is kept. LoRA's chain of norm, cast and dropout has three."""
@@ -210,11 +211,19 @@ class Origin:
         run: `run(*sources)` computes it again, in the same layout.
         sources: the tensors that it was computed from.
         others: further parts, weakly held: a dropout's mask.
+        site: where an activation was called that may keep its input, or not; and the step.
     """
 
-    __slots__ = ("_autocast", "_geometry", "_others", "_recipe", "_run", "_sources", "_storage", "version")
+    __slots__ = ("_autocast", "_geometry", "_others", "_recipe", "_run", "_site", "_sources", "_storage", "version")
 
-    def __init__(self, y: Tensor, run: Run, sources: Sequence[Tensor], others: Sequence[Any] = ()) -> None:
+    def __init__(
+        self,
+        y: Tensor,
+        run: Run,
+        sources: Sequence[Tensor],
+        others: Sequence[Any] = (),
+        site: tuple[Site, int] | None = None,
+    ) -> None:
         self._geometry = Geometry(y)
         self._storage = StorageWeakRef(y.untyped_storage())  # as long as it is held its address names no other
         self.version: int = y._version
@@ -223,6 +232,7 @@ class Origin:
         self._others = [weakref.ref(other) for other in others]
         self._autocast = Autocast.of(y.device.type)
         self._recipe: weakref.ref[Recipe] | None = None
+        self._site = site
 
     @property
     def gone(self) -> bool:
@@ -240,7 +250,10 @@ class Origin:
         if recipe is None and depth > 0:
             parts: list[Part | None] = [source.part(depth - 1) for source in self._sources]
             parts += [_Other(kept) if (kept := ref()) is not None else None for ref in self._others]
-            if any(part is None for part in parts):
+            if self._site is not None:
+                site, step = self._site
+                site.asked_for(step, given=None not in parts)
+            if None in parts:
                 return None
             recipe = Recipe(self._run, [p for p in parts if p is not None], self._autocast, self._geometry)
             for part in parts:
@@ -290,11 +303,17 @@ class _Known(threading.local):
 _known = _Known()
 
 
-def note(y: Tensor, run: Run, sources: Sequence[Tensor], others: Sequence[Any] = ()) -> None:
+def note(
+    y: Tensor,
+    run: Run,
+    sources: Sequence[Tensor],
+    others: Sequence[Any] = (),
+    site: tuple[Site, int] | None = None,
+) -> None:
     """`y` was computed from these; it must lie in a storage of its own."""
     key = y.untyped_storage()._cdata
     if y.grad_fn is not None and all(t.untyped_storage()._cdata != key for t in sources):
-        _known.origins[key] = Origin(y, run, sources, others)
+        _known.origins[key] = Origin(y, run, sources, others, site)
         _known.purge()
 
 

@@ -31,7 +31,7 @@ from ._hooks import Kept, unpack
 from ._ledger import RECOMPUTED, Ledger, Step
 from ._recipes import Geometry, Recipe
 from ._replay import Autocast
-from ._sites import Verdict, Watch
+from ._sites import Site, Verdict, Watch
 from ._stack import Entry
 from ._standins import saves
 
@@ -77,7 +77,7 @@ RECOMPUTE: dict[Any, RecomputeCall] = {
 
 
 def run(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
-    """Make such a call under a scope with `recompute=True`."""
+    """Make such a call under a scope with `recompute=True`, or in one inside it."""
     kwargs = kwargs or {}
     if call.kind == "exposure":
         if type(args[0]) is Tensor and not _policy.traced():
@@ -85,7 +85,8 @@ def run(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwa
         return func(*args, **kwargs)
     settings = entry.scope._settings
     if (
-        entry.hooks is not None  # innermost hooks win: those that were there before ours keep what is kept
+        not entry.recomputes
+        or entry.hooks is not None  # innermost hooks win: those that were there before ours keep what is kept
         or (admitted := admits(args, kwargs, settings.min_bytes)) is None
         or (settings.exclude and settings.exclude.here())
     ):
@@ -279,14 +280,11 @@ def _note_cast(x: Tensor, y: Tensor, args: tuple[Any, ...], kwargs: dict[str, An
     _recipes.note(y, run, [x])
 
 
-def note_activation(run_it: functools.partial[Any], x: Tensor, y: Tensor) -> None:
-    """An activation ran as it is, as `run_it()`, and its node keeps its input."""
-    if y.untyped_storage()._cdata == x.untyped_storage()._cdata:
-        return  # in place: the node keeps a copy
-    _recipes.anchor(x)
+def note_activation(run_it: functools.partial[Any], x: Tensor, y: Tensor, site: tuple[Site, int] | None = None) -> None:
+    """An activation ran as `run_it()`; whether its node keeps its input is told by an anchor, or not."""
     rest = {key: value for key, value in run_it.keywords.items() if key not in ("input", "self")}
     if takes_one_tensor(run_it.args, rest):
-        _recipes.note(y, _With(run_it.func, run_it.args[1:], rest), [x])
+        _recipes.note(y, _With(run_it.func, run_it.args[1:], rest), [x], site=site)
 
 
 def takes_one_tensor(args: tuple[Any, ...], rest: Mapping[str, Any]) -> bool:
@@ -323,16 +321,13 @@ def _consume(
     saved = saved_operands(call, tensors)
     if not saved:
         return func(*args, **kwargs)
-    recipes = {
-        t.untyped_storage()._cdata: (t, recipe)
-        for t in saved
-        if (origin := _recipes.find(t)) is not None
-        and not _recipes.is_anchor(t)
-        and (recipe := origin.recipe()) is not None
-    }
     ledger = entry.scope._ledger
-    site = entry.scope._sites.find(call.name, ledger.coming_step) if recipes else None
-    if not recipes or (site is not None and site.verdict is Verdict.LEAVE):
+    made = [(t, origin) for t in saved if (origin := _recipes.find(t)) is not None and not _recipes.is_anchor(t)]
+    site = entry.scope._sites.find(call.name, ledger.coming_step) if made else None
+    if site is not None and site.verdict is Verdict.LEAVE:
+        made = []  # nor is anything asked for
+    recipes = {t.untyped_storage()._cdata: (t, recipe) for t, origin in made if (recipe := origin.recipe()) is not None}
+    if not recipes:
         y = func(*args, **kwargs)
         for t in saved:
             if is_saved_itself(call, t):

@@ -233,7 +233,7 @@ class _Mode(TorchFunctionMode):
         call = RECOGNISED.get(func)
         if call is None:
             entry = self.entry
-            if entry is not None and entry.recomputes and not torch.compiler.is_compiling():
+            if entry is not None and (entry.recomputes or entry.inside) and not torch.compiler.is_compiling():
                 again = RECOMPUTE.get(func)
                 if again is not None:
                     return _recompute.run(entry, again, func, args, kwargs)

@@ -76,7 +76,7 @@ class Seen:
             what |= self._plan(call, function, args, kwargs, x)
         what["one_node"] = call.one_node is not None
         rest = {key: value for key, value in kwargs.items() if key not in ("input", "self")}
-        if what["saves_input"] and _recompute.takes_one_tensor(args, rest):
+        if _recompute.takes_one_tensor(args, rest):
             what["sources"] = (what["x"],)
         return what
 

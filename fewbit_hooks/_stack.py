@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from ._scope import scope
 
 
+# older versions of torch may not tell
+_modes_are_off: Callable[[], bool] = getattr(torch._C, "_is_torch_function_all_disabled", lambda: False)
+
+
 class Entry:
     """One entry of a scope on one thread.
 
@@ -35,18 +39,20 @@ class Entry:
         hooks: the innermost saved-tensor pack hook when the scope was entered: others that come later go before ours.
         coding: what is coded in compiled graphs; None where nothing is.
         recomputes: the scope has `recompute=True`, and measures not only.
+        inside: it does not, but a scope around it does.
         inert: FEWBIT_DISABLE was set.
         enabled: it was `enable()` that entered.
         pushed: this entry put the mode on the thread's stack of modes.
     """
 
-    __slots__ = ("coding", "enabled", "hooks", "inert", "pushed", "recomputes", "scope")
+    __slots__ = ("coding", "enabled", "hooks", "inert", "inside", "pushed", "recomputes", "scope")
 
     def __init__(self, scope: scope, *, inert: bool, enabled: bool) -> None:
         self.scope = scope
         self.hooks = None if inert else innermost_hooks()
         self.coding = coding(scope._settings)
         self.recomputes = scope._settings.recompute and scope._settings.bits is not None
+        self.inside = not self.recomputes and any(e.recomputes for e in _thread.entries)
         self.inert = inert
         self.enabled = enabled
         self.pushed = False
@@ -78,7 +84,7 @@ def acting() -> Any:
     """The same at the cost of a look, for what is asked at every call; or a profile's recorder, if there is no entry
     above it. None where torch's modes are off, too."""
     found = _thread.acting
-    return None if found is None or torch._C._is_torch_function_all_disabled() else found
+    return None if found is None or _modes_are_off() else found
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fewbit_hooks as fewbit
-from fewbit_hooks import _again, _stack
+from fewbit_hooks import _again, _compiled, _stack
 from held import held_for_backward as held_for_backward
 
 # Thousands of small calls: on a busy machine a second thread makes them three times slower. test_ops.py uses all.
@@ -20,6 +20,7 @@ torch.set_num_threads(1)
 def nothing_is_left_open() -> Iterator[None]:
     """No test leaves a scope, a mode or a hook behind."""
     torch.manual_seed(0)
+    _compiled.traced = False  # as in a process in which nothing was compiled
     modes = torch._C._len_torch_function_stack()
     yield
     assert fewbit.active() is None

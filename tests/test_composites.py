@@ -314,6 +314,31 @@ def test_a_weight_that_is_computed_from_others_gets_its_gradient(how: str, x: Te
         assert all_equal(run(), stock)
 
 
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (lambda self, x: torch.rsqrt(x.exp().sin().mean(-1, keepdim=True) + 2.0), _composites.NO_NODE),
+        (lambda self, x: (x.exp().sin() * x, x), _composites.NO_NODE),
+        (lambda self, x: x.view_as(x), _composites.NO_NODE),
+        (lambda self, x: x.mul_(2.0).exp().sin(), _composites.NO_NODE),
+        (lambda self, x: x.view(2, -1, 32).exp().sin().view_as(x) * x, "could not be tried on a small input"),
+    ],
+    ids=["shape", "two", "view", "in place", "no small input"],
+)
+def test_what_cannot_be_one_node_is_left_alone_and_reported(forward: Any, reason: str, x: Tensor) -> None:
+    module = fewbit.register_module(type("Odd", (nn.Module,), {"forward": forward}))()
+
+    def run() -> list[Tensor]:
+        y = module(x * 1.0)
+        y = y[0] if isinstance(y, tuple) else y
+        return [y.detach(), *torch.autograd.grad(y.sum(), x)]
+
+    stock = run()
+    with exact() as memory:
+        assert all_equal(run(), stock)
+    assert any(reason in row.reason for row in memory.report().rows)
+
+
 def test_functional_call_with_other_tensors_gives_them_their_gradients(x: Tensor) -> None:
     module, weight = LlamaRMSNorm(32), torch.rand(32, requires_grad=True)
 

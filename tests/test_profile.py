@@ -426,6 +426,23 @@ class OwnMask(nn.Module):
         return self.last(y).masked_fill(shared, 0.0)
 
 
+class DropoutBehind(nn.Module):
+    """Of an activation's output only what dropout made of it is kept; the second time, that cannot be helped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.act, self.dropout = (
+            nn.Linear(64, 64),
+            nn.Linear(64, 8),
+            nn.GELU(),
+            nn.Dropout(0.1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(self.dropout(self.act(x)))
+        return self.second(self.dropout(self.act(h)).square())
+
+
 class SkipConnection(nn.Module):
     """The activation's input is kept by another node, its output by a product and by something that recomputes not."""
 
@@ -439,7 +456,9 @@ class SkipConnection(nn.Module):
 
 
 @NOTHING
-@pytest.mark.parametrize("part", [OneActivationTwice, ChangesTheOutput, Exposes, OwnMask, SkipConnection])
+@pytest.mark.parametrize(
+    "part", [OneActivationTwice, ChangesTheOutput, Exposes, OwnMask, DropoutBehind, SkipConnection]
+)
 def test_what_is_shared_changed_or_exposed_is_predicted(part: type[nn.Module]) -> None:
     model, x = nn.Sequential(nn.Linear(64, 64), part()), torch.randn(128, 64)
     check_predictions(model, lambda: model(x).square().mean())

@@ -592,6 +592,17 @@ def test_a_change_behind_autograds_back_before_the_consumer_is_seen(change: Any,
     assert bit_equal(step(model, x, exact()), step(model, x))
 
 
+def test_a_change_behind_autograds_back_in_a_scope_inside_is_seen(x: Tensor) -> None:
+    def between(h: Tensor) -> Tensor:
+        y = F.silu(h)
+        with few(bits=None):
+            y.data.mul_(2.0)
+        return y
+
+    model = Chain(between)
+    assert bit_equal(step(model, x, exact()), step(model, x))
+
+
 def test_a_detached_input_holds_no_more_than_stock(x: Tensor) -> None:
     trunk, head = Gated(), nn.Linear(64, 8)
 
@@ -1099,3 +1110,33 @@ def registries_are_left_empty() -> Iterator[None]:
     yield
     assert not _recipes._known.origins
     assert not _recipes._known.anchors
+
+
+@pytest.mark.parametrize("bits", [3, 1])
+def test_an_activation_before_dropout_keeps_its_input_where_that_frees_what_dropout_made(bits: int) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Dropout(0.1), nn.Linear(64, 64))
+    x = torch.randn(64, 64)
+    few, again = fewbit.scope(bits, recompute=True, min_bytes=0), exact()
+    for opened in (few, again):
+        for _ in range(4):
+            result = step(model, x, opened)
+    stock = step(model, x)
+    assert bit_equal(result, stock)
+    assert bit_equal(step(model, x, few), stock)
+    assert step(model, x, few)[2] == step(model, x, again)[2] < stock[2]
+
+
+def test_an_input_kept_in_vain_is_coded_again() -> None:
+    kept = []
+
+    class Hoards(nn.Module):
+        def forward(self, h: Tensor) -> Tensor:
+            kept[:] = [h]
+            return h
+
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Dropout(0.1), Hoards(), nn.Linear(64, 64))
+    few = fewbit.scope(3, recompute=True, min_bytes=0)
+    for _ in range(8):
+        step(model, torch.randn(64, 64), few)
+    (row,) = (row for row in few.report().rows if row.activation == "gelu")
+    assert (row.how, row.bits) == ("codes", 3)
