@@ -29,7 +29,7 @@ from ._errors import FewbitError, FewbitTypeError, FewbitWarning
 from ._ledger import Ledger
 from ._mask_calls import MaskCall
 from ._policy import Bits, Exclude
-from ._recompute import RECOMPUTE
+from ._recompute_calls import RECOMPUTE
 from ._report import Report
 from ._sites import Sites
 
