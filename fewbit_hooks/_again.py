@@ -130,6 +130,10 @@ class _Saves:
         with self._lock:
             if number not in self._saved:
                 self._saved = self._run()
+                if (
+                    torch._C._current_graph_task_id() != -1
+                ):  # what this backward does not ask for is not kept for another
+                    torch.autograd.Variable._execution_engine.queue_callback(self._forget)
             try:
                 return self._saved.pop(number)
             except KeyError:
@@ -137,6 +141,10 @@ class _Saves:
                     f"{self.name} saved fewer tensors when it was run again. Please report this; "
                     "scope(recompute=False) does without."
                 ) from None
+
+    def _forget(self) -> None:
+        with self._lock:
+            self._saved = {}
 
     def _run(self) -> dict[int, Tensor]:
         saved: dict[int, Tensor] = {}

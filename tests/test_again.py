@@ -318,3 +318,12 @@ def test_anomaly_mode_finds_what_is_nan(x: Tensor) -> None:
         worse = loss * float("nan")
         with pytest.warns(UserWarning, match="Error detected in"), pytest.raises(RuntimeError, match="returned nan"):
             worse.backward()
+
+
+def test_what_a_partial_backward_does_not_ask_for_is_dropped_when_it_is_over(x: Tensor) -> None:
+    module = Norm()
+    with again():
+        y = module(x * 1.0)
+    torch.autograd.grad(y.sum(), module.weight, retain_graph=True)
+    held = held_for_backward(y, [module.weight])
+    assert sum(nbytes for nbytes in held.values() if nbytes > 8) == x.nbytes  # 8: a number of the formula
