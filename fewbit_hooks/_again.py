@@ -130,9 +130,8 @@ class _Saves:
         with self._lock:
             if number not in self._saved:
                 self._saved = self._run()
-                if (
-                    torch._C._current_graph_task_id() != -1
-                ):  # what this backward does not ask for is not kept for another
+                # what this backward does not ask for is not kept for another
+                if torch._C._current_graph_task_id() != -1:
                     torch.autograd.Variable._execution_engine.queue_callback(self._forget)
             try:
                 return self._saved.pop(number)
