@@ -97,8 +97,7 @@ class Numbered:
 
     def unpack(self) -> Tensor:
         """The saved tensor, bit for bit."""
-        if torch._C._current_graph_task_id() != -1 and not self._step.backward_began:
-            self._step.begin_backward()
+        self._step.unpacked()
         t = self._saves.take(self._number)
         if Geometry(t) != self._geometry:
             raise FewbitError(

@@ -112,8 +112,7 @@ class PackedMask:
 
     def unpack(self) -> Tensor:
         """The mask, bit for bit."""
-        if torch._C._current_graph_task_id() != -1 and not self.step.backward_began:
-            self.step.begin_backward()
+        self.step.unpacked()
         with torch._C.DisableTorchFunction(), torch.no_grad():
             return ops.decode(self.codes, self.rows, 1, self.layout)
 

@@ -1,15 +1,7 @@
-"""Calls that matter under `recompute=True`: what makes a tensor that can be computed again, and what would save it.
+"""What a scope does with the calls that matter under `recompute=True` (`_recompute_calls.py`), and what comes of them.
 
-    norm        anchors its input; what it returns has a recipe. Where the native node is none (an RMSNorm that is
-                decomposed, a norm whose input autocast casts) it is run again
-    softmax     anchors its output
-    cast        what it returns has a recipe
-    product     saves both factors, by recipe where they have one; what it returns has a recipe
-    consumer    saves its operands, by recipe where they have one: Linear, matmul, convolution
-    exposure    gives away the memory of a tensor, so that nothing is known of it any more
-
-and, in `note_activation` and `note_dropout`, the calls that a scope recognises anyway. See NOTE [ Recipes ] in
-`_recipes.py`.
+What they return gets an origin, what their nodes keep is an anchor: NOTE [ Recipes ] in `_recipes.py`. What they would
+save is the business of `_consumers.py`; `note_activation` and `note_dropout` are for calls that any scope recognises.
 """
 
 from __future__ import annotations
@@ -22,58 +14,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import _policy, _recipes
 from ._again import run_again
-from ._calls import _callables
+from ._consumers import consume
 from ._hooks import Kept, unpack
-from ._ledger import RECOMPUTED, Ledger, Step
-from ._recipes import Geometry, Recipe
+from ._ledger import Ledger
+from ._recompute_calls import RecomputeCall
 from ._replay import Autocast
-from ._sites import Site, Verdict, Watch
+from ._sites import Site
 from ._stack import Entry
 from ._standins import saves
 
 GAIN = 0.25
 """Bytes, for each byte of its input, that a norm must keep less if it is run again: more than a kernel's statistics."""
-
-
-@dataclass(frozen=True)
-class RecomputeCall:
-    """A callable that makes a tensor which can be computed again, or would save one.
-
-    Attributes:
-        name: as reports name it.
-        kind: "norm", "softmax", "cast", "product", "consumer" or "exposure".
-    """
-
-    name: str
-    kind: str
-
-
-_CALLS = {
-    ("layer_norm", "norm"): "F.layer_norm torch.layer_norm",
-    ("rms_norm", "norm"): "F.rms_norm torch.rms_norm",
-    ("group_norm", "norm"): "F.group_norm torch.group_norm",
-    ("softmax", "softmax"): "F.softmax torch.softmax Tensor.softmax",
-    ("to", "cast"): "Tensor.to Tensor.float Tensor.half Tensor.bfloat16 Tensor.double Tensor.type Tensor.type_as",
-    ("mul", "product"): "torch.mul torch.multiply Tensor.mul Tensor.multiply Tensor.__mul__ Tensor.__rmul__ "
-    "torch.ops.aten.mul",
-    ("linear", "consumer"): "F.linear torch.ops.aten.linear",
-    ("matmul", "consumer"): "torch.matmul Tensor.matmul Tensor.__matmul__ torch.mm Tensor.mm torch.bmm Tensor.bmm "
-    "torch.ops.aten.matmul torch.ops.aten.mm torch.ops.aten.bmm",
-    ("addmm", "consumer"): "torch.addmm Tensor.addmm torch.baddbmm Tensor.baddbmm torch.ops.aten.addmm",
-    ("conv", "consumer"): "F.conv1d F.conv2d F.conv3d F.conv_transpose1d F.conv_transpose2d F.conv_transpose3d "
-    "torch.conv1d torch.conv2d torch.conv3d torch.ops.aten.convolution",
-    ("memory", "exposure"): "Tensor.data.__get__ Tensor.numpy Tensor.__array__ Tensor.data_ptr Tensor.__dlpack__",
-}
-RECOMPUTE: dict[Any, RecomputeCall] = {
-    function: RecomputeCall(name, kind)
-    for (name, kind), paths in _CALLS.items()
-    for path in paths.split()
-    for function in _callables(path)
-}
 
 
 def run(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
@@ -101,7 +55,7 @@ def run(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwa
         if is_cast(x, y, args):
             _note_cast(x, y, args, kwargs)
         return y
-    y = _consume(entry, call, func, args, kwargs, tensors)
+    y = consume(entry, call, func, args, kwargs, tensors)
     if call.kind == "product" and isinstance(y, Tensor) and are_factors(tensors, kwargs):
         _recipes.note(y, torch.mul, tensors)
     return y
@@ -128,9 +82,6 @@ def admits(
     ):
         return None
     return x, tensors
-
-
-# --- what makes a tensor ---
 
 
 def are_factors(tensors: Sequence[Tensor], kwargs: Mapping[str, Any]) -> bool:
@@ -309,145 +260,3 @@ class _With:
     def __call__(self, t: Tensor) -> Tensor:
         y: Tensor = self._func(t, *self._args, **self._kwargs)
         return y
-
-
-# --- what would save it ---
-
-
-def _consume(
-    entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
-) -> Any:
-    """Make a call whose operands are saved, by recipe where they have one."""
-    saved = saved_operands(call, tensors)
-    if not saved:
-        return func(*args, **kwargs)
-    ledger = entry.scope._ledger
-    made = [(t, origin) for t in saved if (origin := _recipes.find(t)) is not None and not _recipes.is_anchor(t)]
-    site = entry.scope._sites.find(call.name, ledger.coming_step) if made else None
-    if site is not None and site.verdict is Verdict.LEAVE:
-        made = []  # nor is anything asked for
-    recipes = {t.untyped_storage()._cdata: (t, recipe) for t, origin in made if (recipe := origin.recipe()) is not None}
-    if not recipes:
-        y = func(*args, **kwargs)
-        for t in saved:
-            if is_saved_itself(call, t):
-                _recipes.anchor(t)
-        return y
-    hook = ConsumerHook(call.name, recipes, ledger)
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(hook, unpack):
-            y = func(*args, **kwargs)
-        if site is not None and hook.replaced:
-            ledger.watch(Watch(site, hook.replaced, y))
-        return y
-    finally:
-        hook.release()
-
-
-def saved_operands(call: RecomputeCall, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Those that the call saves: each for the gradient of the other."""
-    operands = tensors[-2:] if call.name == "addmm" else tensors[:2]
-    if len(operands) < 2:
-        return []
-    both = call.name == "conv"  # its node saves the input for the gradient of a frozen weight, too
-    return [t for t, other in (operands, operands[::-1]) if other.requires_grad or both]
-
-
-def is_saved_itself(call: RecomputeCall, operand: Tensor) -> bool:
-    """Whether what is saved is this operand for certain, and no copy: autocast's, or a contiguous one."""
-    if torch.is_autocast_enabled(operand.device.type):
-        return False
-    return call.name == "mul" or operand.is_contiguous()
-
-
-class Recomputed:
-    """A recipe in the place of a saved tensor."""
-
-    __slots__ = ("_cast", "_geometry", "_recipe", "_step")
-
-    def __init__(self, recipe: Recipe, geometry: Geometry, step: Step, cast: _Cast | None = None) -> None:
-        recipe.add_user()
-        self._recipe = recipe
-        self._geometry = geometry
-        self._cast = cast
-        self._step = step
-
-    def unpack(self) -> Tensor:
-        """The saved tensor, bit for bit."""
-        if torch._C._current_graph_task_id() != -1 and not self._step.backward_began:
-            self._step.begin_backward()
-        with torch._C.DisableTorchFunction(), torch.no_grad():
-            value = self._recipe.value()
-            if self._cast is not None:
-                value = self._cast(value)
-            return self._geometry.of(value)
-
-
-class _Cast:
-    """The copy that autocast makes of an operand."""
-
-    __slots__ = ("_dtype", "_geometry")
-
-    def __init__(self, operand: Geometry, dtype: torch.dtype) -> None:
-        self._geometry = operand
-        self._dtype = dtype
-
-    def __call__(self, value: Tensor) -> Tensor:
-        return self._geometry.of(value).to(self._dtype)
-
-
-def is_autocast_of(t: Tensor, operand: Tensor) -> bool:
-    """Whether `t` is the copy that autocast made of an operand, or a view of it."""
-    node = t.grad_fn
-    while node is not None and node.name() in VIEWS:
-        node = node.next_functions[0][0]
-    if node is None or node.name() != "ToCopyBackward0":
-        return False
-    return bool(node.next_functions[0] == (operand.grad_fn, operand.output_nr))
-
-
-VIEWS = frozenset(
-    f"{name}Backward0" for name in ("View", "UnsafeView", "ReshapeAlias", "T", "Transpose", "Permute", "Unsqueeze")
-)
-
-
-class ConsumerHook:
-    """The pack hook of a call whose operands have recipes.
-
-    Attributes:
-        replaced: the storages of the tensors in whose place a recipe was put.
-    """
-
-    def __init__(self, name: str, recipes: Mapping[int, tuple[Tensor, Recipe]], ledger: Ledger) -> None:
-        self._name = name
-        self._recipes = recipes
-        self._ledger = ledger
-        self.replaced: list[StorageWeakRef] = []
-
-    def __call__(self, t: Tensor) -> Recomputed | Kept:
-        _, recipe = self._recipes.get(t.untyped_storage()._cdata, (None, None))
-        cast = None
-        if recipe is None:
-            recipe, cast = self._cast_of(t)
-        elif t.dtype != recipe.dtype:
-            recipe = None
-        if recipe is None:
-            kept = Kept(t, self._name)
-            if t.grad_fn is not None:
-                _recipes.anchor(t, kept)
-            return kept
-        row = self._ledger.row(self._name, 0, how=RECOMPUTED)
-        self._ledger.original(row, t)
-        self.replaced.append(StorageWeakRef(t.untyped_storage()))
-        return Recomputed(recipe, Geometry(t), self._ledger.step, cast)
-
-    def _cast_of(self, t: Tensor) -> tuple[Recipe | None, _Cast | None]:
-        """What `t` is autocast's copy of."""
-        for operand, recipe in self._recipes.values():
-            if is_autocast_of(t, operand):
-                return recipe, _Cast(Geometry(operand), t.dtype)
-        return None, None
-
-    def release(self) -> None:
-        """The call is over; the hook itself lives as long as the node."""
-        del self._recipes, self._ledger, self.replaced

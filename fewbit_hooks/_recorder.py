@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from . import _composites, _policy, _recompute, _stack
+from . import _composites, _consumers, _policy, _stack
 from ._calls import BACKWARD, RECOGNISED
 from ._composites import Composite
 from ._hooks import Kept, unpack
 from ._mask_calls import MaskCall
 from ._modules import innermost_module, outermost_module
-from ._recompute import RECOMPUTE
+from ._recompute_calls import RECOMPUTE
 from ._recording import IN, MADE, OUT, Operation, Saved
 from ._seen import Seen
 
@@ -229,7 +229,7 @@ class Recorder(TorchFunctionMode):
         if current is None or current.function not in RECOMPUTE or t.grad_fn is None:
             return 0
         operands = (o for o in (*current.args, *current.kwargs.values()) if isinstance(o, Tensor))
-        return next((self._key(o) for o in operands if _recompute.is_autocast_of(t, o)), 0)
+        return next((self._key(o) for o in operands if _consumers.is_autocast_of(t, o)), 0)
 
     def _key(self, t: Tensor) -> int:
         """The address of the storage, its name as long as the recorder lives; 0 where there is none."""

@@ -12,12 +12,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from . import _composites, _policy, _recompute, _treatment, ops
+from . import _composites, _consumers, _policy, _recompute, _treatment, ops
 from ._calls import RECOGNISED, Call
 from ._composites import Composite
 from ._mask_calls import MaskCall
 from ._masks import PLAIN_DROPOUT
-from ._recompute import RECOMPUTE, RecomputeCall
+from ._recompute_calls import RECOMPUTE, RecomputeCall
 from ._recording import ACTIVATION, CAST, CHANGE, CONSUMER, EXPOSURE, MADE, MASK, NORM, SOFTMAX, Ref, Saved
 from ._sites import Sites
 
@@ -185,10 +185,10 @@ class Seen:
                 return {}
             what |= {"kind": CAST, "sources": (self.ref(x),)}
         else:
-            operands = _recompute.saved_operands(call, tensors)
+            operands = _consumers.saved_operands(call, tensors)
             what |= {"kind": CONSUMER, "operands": tuple(self.ref(t) for t in operands)}
             what["site"] = self._sites.find(call.name, 0)
-            what["keeps"] = tuple(self.ref(t) for t in operands if _recompute.is_saved_itself(call, t))
+            what["keeps"] = tuple(self.ref(t) for t in operands if _consumers.is_saved_itself(call, t))
             if call.kind == "product" and _recompute.are_factors(tensors, kwargs):
                 what["sources"] = tuple(self.ref(t) for t in tensors)
         return what

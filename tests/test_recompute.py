@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fewbit_hooks as fewbit
 from fewbit_hooks import _recipes, _recompute
+from fewbit_hooks._consumers import Recomputed
 from fewbit_hooks._hooks import Kept
-from fewbit_hooks._recompute import Recomputed
 
 from .conftest import held_for_backward
 from .tiny_models import MODELS, gradients, loss_of, same, tiny
