@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fewbit_hooks as fewbit
-from fewbit_hooks import FewbitError, FewbitTypeError, Profile, ProfileRow, _profile_command, _profile_models
+from fewbit_hooks import FewbitError, FewbitTypeError, Profile, ProfileRow, _profile_command, _profile_models, _stack
+from fewbit_hooks._recorder import Recorder
 
 from . import tiny_models
 from .conftest import held_for_backward
@@ -195,6 +196,28 @@ def test_a_scope_that_is_open_does_not_change_what_is_counted() -> None:
     with fewbit.scope(bits=3):
         model(x)
         assert fewbit.profile(model, x).nbytes == fewbit.profile(model, x).nbytes == (128 * (64 + 256 * 2)) * 4
+
+
+def test_a_scope_inside_the_step_acts_until_it_is_left() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    model, batch = tiny_models.tiny("gpt2", "sdpa", torch.bfloat16)
+    acting: list[bool] = []
+
+    def step() -> Tensor:
+        acting.append(isinstance(_stack.acting(), Recorder))
+        with fewbit.scope(bits=3, min_bytes=0):
+            acting.append(isinstance(_stack.acting(), _stack.Entry))
+            loss = tiny_models.loss_of(model, batch)
+        acting.append(isinstance(_stack.acting(), Recorder))
+        return loss
+
+    assert fewbit.profile(step).nbytes < fewbit.profile(lambda: tiny_models.loss_of(model, batch)).nbytes
+    with fewbit.scope(bits=None):
+        fewbit.profile(step)
+        acting.append(isinstance(_stack.acting(), _stack.Entry))
+    assert len(acting) == 7
+    assert all(acting)
+    assert _stack.acting() is None
 
 
 def test_nothing_to_profile_is_an_error() -> None:
