@@ -46,3 +46,10 @@ def test_the_quickstarts_first_example_prints_what_it_says() -> None:
 
 def test_the_page_of_speed_is_the_csvs() -> None:
     assert (DOCS / "speed.md").read_text(encoding="utf-8") == page_speed.speed_page()
+
+
+def test_the_tests_that_the_page_of_compatibility_names_exist() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (DOCS / "compatibility.md").read_text(encoding="utf-8")))
+    found = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    assert len(named) > 30
+    assert {name for name in named if f"def {name}(" not in found} == set()
