@@ -13,22 +13,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import datetime
 import gc
-import importlib.metadata
 import math
-import platform
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fewbit_hooks as fewbit
+from about import about
 from fewbit_hooks._mask_calls import MASKS
 from fewbit_hooks._profile_models import Sizes, build
 from held import held_for_backward
@@ -56,11 +53,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "2 bits": {"bits": 2},
     "3 bits": {"bits": 3},
     "4 bits": {"bits": 4},
+    "3 bits, recompute": {"bits": 3, "recompute": True},
+    "exact, recompute": {"exact": True, "recompute": True},
 }
 LITTLE = 0.05
 """A setting that frees less than this share of the bytes has `little gain here` in its row."""
 
-PARTS = ("native_op_bytes", "masks_bytes", "output_bit_bytes", "exact_bit_bytes", "codes_bytes")
+PARTS = ("native_op_bytes", "masks_bytes", "output_bit_bytes", "exact_bit_bytes", "codes_bytes", "recomputed_bytes")
 COLUMNS = (
     "model",
     "layers",
@@ -73,12 +72,13 @@ COLUMNS = (
     "freed_share",
     "predicted_held_bytes",  # what fewbit.profile says without running a scope
     "gradient_error",  # of all gradients together, relative, against stock's with the same masks
-    # whose the freed bytes are, codes taken off, by the scope's own report; the seven of them add up to freed_bytes
+    # whose the freed bytes are, codes taken off, by the scope's own report; they add up to freed_bytes
     "native_op_bytes",  # intermediates of an activation written in primitives, which never come to be
     "masks_bytes",  # of dropout and its like, at 1 bit
     "output_bit_bytes",  # the next layer keeps the output: from it, and at most 1 bit, comes the derivative
     "exact_bit_bytes",  # relu's kind, whose derivative has two values: 1 bit
     "codes_bytes",  # smooth activations, at the setting's bits
+    "recomputed_bytes",  # computed again in backward from what is kept anyway
     "other_bytes",  # the rest: the tables that decode, and what the report does not know
     "note",
     "machine",
@@ -209,11 +209,15 @@ def measure(case: Case) -> Iterator[dict[str, Any]]:
 def contributions(report: fewbit.Report, case: Case) -> dict[str, int]:
     """Whose the freed bytes are, less what is stored for them, by the rows of the report."""
     parts = dict.fromkeys(PARTS, 0)
+    activations = {activation.name for activation in fewbit.activations()}
     exact = {activation.name for activation in fewbit.activations() if activation.exact}
     for row in report.rows:
         net = row.freed_bytes - row.stored_bytes
         if row.activation in MASKS:
             parts["masks_bytes"] += net
+            continue
+        if row.how == "recomputed" and row.activation not in activations:
+            parts["recomputed_bytes"] += net
             continue
         never_made = intermediates(row, case) if is_composite(case.model, row.module) else 0
         parts["native_op_bytes"] += never_made
@@ -247,24 +251,6 @@ def relative_error(exact: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> 
     return math.sqrt(difference / square)
 
 
-def machine() -> str:
-    """The processor's name, and the threads that are used."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        name = models[0].partition(":")[2].strip() if models else name
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} thread" + ("" if threads == 1 else "s")
-
-
-def versions() -> str:
-    """What the figures depend on."""
-    parts = [f"python {platform.python_version()}", f"torch {torch.__version__}"]
-    parts += [f"{name} {importlib.metadata.version(name)}" for name in ("transformers", "peft")]
-    return ", ".join([*parts, f"fewbit_hooks {fewbit.__version__}"])
-
-
 def describe(batch: Mapping[str, Any]) -> str:
     """`2 x 512`, `4 x 3 x 224 x 224`: the largest tensor of the batch."""
     return " x ".join(map(str, max(batch.values(), key=lambda value: value.numel()).shape))
@@ -272,10 +258,10 @@ def describe(batch: Mapping[str, Any]) -> str:
 
 def run(models: Mapping[str, int | None], *, quick: bool = False) -> Iterator[dict[str, Any]]:
     """The rows of the table, printed as they come."""
-    about = {"machine": machine(), "versions": versions(), "date": datetime.date.today().isoformat()}
-    print(f"machine  {about['machine']}\nversions {about['versions']}\n")
-    head = ("native", "masks", "output", "1 bit", "codes", "other")
-    start_of_head = f"{'model':<22}{'':<6}{'':<9}{'setting':<8}{'MiB':>8}{'freed':>8}{'error':>9}  "
+    known = about(("transformers", "peft"))
+    print(f"machine  {known['machine']}\nversions {known['versions']}\n")
+    head = ("native", "masks", "output", "1 bit", "codes", "again", "other")
+    start_of_head = f"{'model':<22}{'':<6}{'':<9}{'setting':<18}{'MiB':>8}{'freed':>8}{'error':>9}  "
     print(start_of_head + "".join(f"{word:>8}" for word in head))
     start = time.perf_counter()
     for name, layers in models.items():
@@ -297,7 +283,7 @@ def run(models: Mapping[str, int | None], *, quick: bool = False) -> Iterator[di
                         "training": training,
                         "dtype": case.dtype_name,
                         **figures,
-                        **about,
+                        **known,
                     }
                     print(line(row), flush=True)
                     yield row
@@ -308,7 +294,7 @@ def run(models: Mapping[str, int | None], *, quick: bool = False) -> Iterator[di
 
 def line(row: Mapping[str, Any]) -> str:
     """A row for people; contributions in percent of stock's bytes."""
-    text = f"{row['model']:<22}{row['training']:<6}{row['dtype']:<9}{row['setting']:<8}"
+    text = f"{row['model']:<22}{row['training']:<6}{row['dtype']:<9}{row['setting']:<18}"
     text += f"{row['held_bytes'] / 2**20:>8.1f}"
     error = f"{100 * row['gradient_error']:>7.2f} %" if "gradient_error" in row else f"{'':>9}"
     if row["setting"] == "stock":

@@ -16,9 +16,9 @@ import argparse
 import contextlib
 import copy
 import csv
+import functools
 import gc
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -34,10 +34,13 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import fewbit_hooks as fewbit
+from about import about
 
-COLUMNS = ("model", "row", "seconds", "time", "lower", "upper", "cpu", "held_bytes", "held", "gradients")
+FIGURES = ("seconds", "time", "lower", "upper", "cpu", "held_bytes", "held", "gradients")
+COLUMNS = ("model", "row", *FIGURES, "machine", "versions", "date")
 LEARN = 3
 """Steps after which a scope has learned what others keep."""
 
@@ -73,11 +76,24 @@ def roberta(layers: int, hidden: int, batch: int, length: int) -> tuple[nn.Modul
     return text(model, batch, length, labels=torch.randint(2, (batch,)))
 
 
+def gpt2() -> tuple[nn.Module, dict[str, Tensor]]:
+    config = hf.GPT2Config(vocab_size=1000, n_layer=4, attn_pdrop=0.0, use_cache=False)
+    return text(hf.GPT2LMHeadModel(config), 2, 256)
+
+
 def llama() -> tuple[nn.Module, dict[str, Tensor]]:
     config = hf.LlamaConfig(
         vocab_size=1000, num_hidden_layers=4, hidden_size=768, intermediate_size=2048, num_attention_heads=12
     )
     return text(hf.LlamaForCausalLM(config), 2, 256)
+
+
+def lora(model: nn.Module, batch: dict[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Adapters on all linear layers, with dropout; the rest is frozen."""
+    import peft
+
+    config = peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear")
+    return peft.get_peft_model(model, config), batch
 
 
 MODELS = {
@@ -87,6 +103,9 @@ MODELS = {
     "mobilenet-v2-unpadded": Case(lambda: images(hf.MobileNetV2Config(tf_padding=False), 160), 25),
     "roberta-2-layers": Case(lambda: roberta(2, 768, 8, 128), 15),
     "llama-4-layers": Case(llama, 15),
+    "llama-4-layers-lora": Case(lambda: lora(*llama()), 15),
+    "gpt2-4-layers": Case(gpt2, 15),
+    "vit-4-layers": Case(lambda: images(hf.ViTConfig(num_hidden_layers=4, image_size=160), 160), 15),
     "launch-bound": Case(lambda: roberta(6, 384, 1, 16), 200),  # where the time is that of Python and of launches
 }
 
@@ -94,12 +113,26 @@ Way = Callable[[nn.Module], tuple[nn.Module, AbstractContextManager[Any]]]
 """A way to run a step: the model to run, which may be a changed copy of the given one, and what its forward runs in."""
 
 
-def checkpointed(model: nn.Module) -> nn.Module:
+MATRIX_PRODUCTS = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+"""What selective checkpointing keeps: all that takes long."""
+
+
+def checkpointed(model: nn.Module, **settings: Any) -> nn.Module:
     """torch.utils.checkpoint around every block, as transformers has it; the model itself where it has not."""
     if getattr(model, "supports_gradient_checkpointing", False):
         model = copy.deepcopy(model)
-        model.gradient_checkpointing_enable()  # type: ignore[operator]
+        model.gradient_checkpointing_enable({"use_reentrant": False, **settings})  # type: ignore[operator]
     return model
+
+
+def selectively_checkpointed(model: nn.Module) -> nn.Module:
+    """The same, but that what takes long is kept."""
+    return checkpointed(model, context_fn=functools.partial(create_selective_checkpoint_contexts, MATRIX_PRODUCTS))
 
 
 ROWS: dict[str, Way] = {
@@ -107,7 +140,10 @@ ROWS: dict[str, Way] = {
     "stock again": lambda model: (model, contextlib.nullcontext()),
     "scope(bits=3)": lambda model: (model, fewbit.scope(bits=3)),
     "scope(exact=True)": lambda model: (model, fewbit.scope(exact=True)),
-    "checkpoint": lambda model: (checkpointed(model), contextlib.nullcontext()),
+    "scope(bits=3, recompute=True)": lambda model: (model, fewbit.scope(bits=3, recompute=True)),
+    "scope(exact=True, recompute=True)": lambda model: (model, fewbit.scope(exact=True, recompute=True)),
+    "checkpoint per block": lambda model: (checkpointed(model), contextlib.nullcontext()),
+    "selective checkpoint": lambda model: (selectively_checkpointed(model), contextlib.nullcontext()),
 }
 """The first is what the others are compared with."""
 
@@ -184,8 +220,8 @@ def measure(case: Case, rounds: int) -> dict[str, dict[str, float]]:
     model, batch = case.build()
     model.train()
     runners = {name: Runner(way, model, batch) for name, way in ROWS.items()}
-    if runners["checkpoint"].model is model:
-        del runners["checkpoint"]
+    for name in [name for name in runners if "checkpoint" in name and runners[name].model is model]:
+        del runners[name]  # a model that transformers does not checkpoint
     for runner in runners.values():
         for _ in range(LEARN):
             runner.seconds()
@@ -227,11 +263,11 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
 
-    print(f"machine  {platform.platform()}, {platform.machine()}, CPU, {torch.get_num_threads()} threads")
-    print(f"versions python {platform.python_version()}, torch {torch.__version__}, transformers {hf.__version__}")
+    known = about(("transformers", "peft"))
+    print(f"machine  {known['machine']}\nversions {known['versions']}")
     print("time, cpu and held are ratios to stock; gradients: relative distance from stock's\n")
     print(
-        "{:<21} {:<18} {:>8}  {:>21}  {:>6}  {:>9}  {:>6}  {:>9}".format(
+        "{:<21} {:<33} {:>8}  {:>21}  {:>6}  {:>9}  {:>6}  {:>9}".format(
             "model", "row", "ms", "time (quartiles)", "cpu", "held MiB", "held", "gradients"
         )
     )
@@ -243,15 +279,15 @@ def main() -> None:
             spread = f"{f['time']:.3f} ({f['lower']:.3f}-{f['upper']:.3f})"
             held = f"{f['held_bytes'] / 2**20:>9.2f}  {f['held']:>6.3f}"
             print(
-                f"{name:<21} {row:<18} {f['seconds'] * 1e3:>8.1f}  {spread:>21}  {f['cpu']:>6.3f}  {held}  "
+                f"{name:<21} {row:<33} {f['seconds'] * 1e3:>8.1f}  {spread:>21}  {f['cpu']:>6.3f}  {held}  "
                 f"{f['gradients']:>9.1e}",
                 flush=True,
             )
-            table.append((name, row, *(f[column] for column in COLUMNS[2:])))
+            table.append((name, row, *(round(f[column], 6) for column in FIGURES), *known.values()))
 
     if arguments.csv:
         with open(arguments.csv, "w", newline="") as file:
-            writer = csv.writer(file)
+            writer = csv.writer(file, lineterminator="\n")
             writer.writerow(COLUMNS)
             writer.writerows(table)
 

@@ -14,7 +14,7 @@ CONSTANTS = ("_activations", "_codebook", "_inverse", "_plan", "_policy")
 parameter."""
 
 
-def held_for_backward(root: Tensor, not_counted: Iterable[Tensor] = ()) -> dict[int, int]:
+def held_for_backward(root: Tensor, not_counted: Iterable[Tensor] = (), *, tables: bool = True) -> dict[int, int]:
     """Bytes by storage that the graph of `root` holds.
 
     >>> x = torch.randn(8, 4, requires_grad=True)
@@ -27,10 +27,11 @@ def held_for_backward(root: Tensor, not_counted: Iterable[Tensor] = ()) -> dict[
     Args:
         root: the loss.
         not_counted: tensors whose storages are somebody else's: parameters and buffers, which the model keeps.
+        tables: count the decoding tables, too. They are constants that all packed objects of a kind share, and larger
+            than the tensors of a tiny model.
     """
     others = {t.untyped_storage()._cdata for t in not_counted}
-    held: dict[int, int] = {}
-    seen: set[int] = set()
+    walk = _Walk(tables)
     nodes: list[Any] = [root.grad_fn]
     visited: set[Any] = {None}
     while nodes:
@@ -42,21 +43,30 @@ def held_for_backward(root: Tensor, not_counted: Iterable[Tensor] = ()) -> dict[
             if name.startswith("_raw_saved_"):
                 raw = getattr(node, name)
                 for saved in raw if isinstance(raw, (list, tuple)) else (raw,):
-                    _count(saved.data, held, seen)  # what a pack hook returned, or the tensor itself
+                    walk.count(saved.data)  # what a pack hook returned, or the tensor itself
         if isinstance(node, torch.autograd.function.BackwardCFunction):
-            _count(vars(node), held, seen)
+            walk.count(vars(node))
         nodes.extend(following for following, _ in node.next_functions)
-    return {storage: nbytes for storage, nbytes in held.items() if storage not in others}
+    return {storage: nbytes for storage, nbytes in walk.held.items() if storage not in others}
 
 
-def _count(value: Any, held: dict[int, int], seen: set[int]) -> None:
-    """A tensor, or all that a container or an object of the library refers to."""
-    if isinstance(value, Tensor):
-        held[value.untyped_storage()._cdata] = value.untyped_storage().nbytes()
-    elif id(value) not in seen and (isinstance(value, (list, tuple, dict)) or _is_the_librarys(value)):
-        seen.add(id(value))
-        for part in gc.get_referents(value):
-            _count(part, held, seen)
+class _Walk:
+    """Adds up tensors, and all that containers and objects of the library refer to."""
+
+    def __init__(self, tables: bool) -> None:
+        self.held: dict[int, int] = {}
+        self._tables = tables
+        self._seen: set[int] = set()
+
+    def count(self, value: Any) -> None:
+        if isinstance(value, Tensor):
+            self.held[value.untyped_storage()._cdata] = value.untyped_storage().nbytes()
+        elif id(value) not in self._seen and (isinstance(value, (list, tuple, dict)) or _is_the_librarys(value)):
+            self._seen.add(id(value))
+            table = None if self._tables else getattr(value, "rows", None)
+            for part in gc.get_referents(value):
+                if part is not table:
+                    self.count(part)
 
 
 def _is_the_librarys(value: Any) -> bool:

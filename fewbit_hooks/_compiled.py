@@ -32,6 +32,7 @@ from ._policy import Settings
 UNROLLED = 4
 """Bits up to which levels and boundaries are constants in the kernel; with more they are looked up in a tensor."""
 
+is_exporting = getattr(torch.compiler, "is_exporting", bool)  # torch 2.6 has none
 Constants = tuple[int, tuple[float, ...], tuple[float, ...], bool]
 """Bits, boundaries, levels, folded."""
 
@@ -72,6 +73,8 @@ def _coding(bits: int | None, named: tuple[tuple[str, int | None], ...], min_byt
 def run(coding: Coding | None, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Make a recognised call while it is traced. Dynamo reads this function, too: it must be plain."""
     if coding is None or call.activation is None or call.one_node is not None or not torch.is_grad_enabled():
+        return func(*args, **kwargs)
+    if is_exporting():  # what is exported is the model, without the scope that it happens to be in
         return func(*args, **kwargs)
     x = args[0] if args else kwargs.get("input", kwargs.get("self"))
     if not isinstance(x, Tensor) or not x.requires_grad or x.numel() * x.element_size() < coding.min_bytes:

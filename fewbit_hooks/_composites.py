@@ -1,10 +1,10 @@
-"""Modules that compute an activation or a norm from primitives, run as one node.
+"""Modules that compute an activation or a norm from primitives, treated as a whole.
 
 NOTE [ Composites by module class ]
 
 A mode sees the primitives, not what they add up to; the module's class says it. So `cls.forward` is replaced, once, by
 a function that calls the original outside of any scope (and under torch.compile), and inside one has the original
-run as one node (`_one_node.py`). No formula is copied.
+run as one node (`_one_node.py`) or so that it can be run again (`_again.py`). No formula is copied.
 
 1. The classes are those of `register_module`, and those of a built-in table, which are looked for among the modules
    already imported whenever a scope is entered. Nothing is imported for it.
@@ -16,15 +16,15 @@ run as one node (`_one_node.py`). No formula is copied.
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import sys
 import threading
+import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,13 +40,16 @@ from ._standins import saves
 OWN_FORWARD = "its instance has a forward of its own"
 OTHER_FUNCTION = "its forward does not compute {}"
 HAS_PARAMETERS = "it has parameters, and so is not pointwise in its input alone"
+NO_NODE = "it does not return one new tensor of its input's shape"
+NO_PROBE = "it could not be tried on a small input: {}"
+CAPTURES = "it depends on a tensor that requires grad and is no parameter of its own"
 
 Forward = Callable[..., Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Composite:
-    """A module class that is run as one node.
+    """A module class that is treated as a whole.
 
     Attributes:
         name: of the activation; for any other module, as reports name it.
@@ -75,6 +78,12 @@ class Facts:
     extra: float
     keeps_x: bool
 
+    def gains(self, composite: Composite) -> bool:
+        """Whether less is kept if it is treated as a whole."""
+        if composite.call is None:
+            return self.extra + self.keeps_x - 1.0 >= _recompute.GAIN
+        return self.extra > 0
+
 
 _lock = threading.RLock()
 _facts: weakref.WeakKeyDictionary[nn.Module, dict[Any, Facts]] = weakref.WeakKeyDictionary()
@@ -83,7 +92,7 @@ _facts: weakref.WeakKeyDictionary[nn.Module, dict[Any, Facts]] = weakref.WeakKey
 def register_module(
     cls: type[nn.Module], activation: str | None = None, *, name: str | None = None, **parameters: Parameter
 ) -> type[nn.Module]:
-    """Have a module class that computes an activation or a norm from primitives run as one node. Also a decorator.
+    """Have a module class that computes an activation or a norm from primitives treated as a whole.
 
     >>> import torch, fewbit_hooks as fewbit
     >>> class TanhGELU(torch.nn.Module):
@@ -96,10 +105,10 @@ def register_module(
     >>> memory.report().stored_bytes == 256 * 256 * 3 // 8
     True
 
-    The module's own forward runs, unrecorded, so that the result is bit for bit what it was. For backward, in place of
-    all that its primitives would save, a scope keeps what it keeps of the activation: codes of the input, or, where
-    another node keeps the output, that and a bit. With `exact=True`, and for modules that are no activation, it keeps
-    the input (and parameters), and runs the forward again to differentiate it.
+    The module's own forward runs, so that the result is bit for bit what it was. For backward, in place of all that its
+    primitives would save, a scope keeps what it keeps of the activation: codes of the input, or, where another node
+    keeps the output, that and a bit. With `exact=True`, and for modules that are no activation, it keeps the input (and
+    parameters), and runs the forward again for what its nodes need: gradients are bit for bit stock PyTorch's.
 
     Args:
         cls: its forward takes one tensor, returns a new one of the same shape, and depends on nothing but the tensor
@@ -153,63 +162,71 @@ def _replace_forward(
             name = activation.name
         call = Call(name, activation, tuple(parameters)) if activation is not None else None
         composite = Composite(name, forward, call, dict(parameters))
-        compiled = replace(call, fixed=tuple(parameters.items())) if call is not None else None
+        cls.forward = functools.wraps(forward)(_in_globals_of(forward, _run_or_leave(composite)))
+        cls.forward._fewbit_original = forward  # type: ignore[attr-defined]
 
-        @functools.wraps(forward)
-        def run_or_leave(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling():
-                entry = _stack.acting()
-                if entry is None or compiled is None or kwargs:
-                    return forward(self, *args, **kwargs)
-                return _compiled.run(entry.coding, compiled, functools.partial(forward, self), args, kwargs)
-            entry = _stack.acting()
-            if entry is None or not torch.is_grad_enabled():
+
+def _run_or_leave(composite: Composite) -> types.FunctionType:
+    """What takes the place of a class's forward."""
+    forward, acting, coding, run, run_compiled = (
+        composite.forward,
+        _stack.acting,
+        _stack.coding_here,
+        _run,
+        _compiled.run,
+    )
+    is_compiling, is_grad_enabled, partial = torch.compiler.is_compiling, torch.is_grad_enabled, functools.partial
+    call = replace(composite.call, fixed=tuple(composite.parameters.items())) if composite.call is not None else None
+
+    def run_or_leave(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling():
+            if call is None or kwargs:
                 return forward(self, *args, **kwargs)
-            return _run(entry, composite, self, args, kwargs)
+            return run_compiled(coding(), call, partial(forward, self), args, kwargs)
+        entry = acting()
+        if entry is None or not is_grad_enabled():
+            return forward(self, *args, **kwargs)
+        return run(entry, composite, self, args, kwargs)
 
-        run_or_leave._fewbit_original = forward  # type: ignore[attr-defined]
-        run_or_leave._fewbit_composite = composite  # type: ignore[attr-defined]
-        cls.forward = run_or_leave
-
-
-def acts_as(module: nn.Module, x: Any) -> Composite | None:
-    """The activation that a scope would run `module(x)` as, in one node; None where it is left to its primitives."""
-    composite = getattr(type(module).forward, "_fewbit_composite", None)
-    if composite is None or composite.call is None or not isinstance(x, Tensor) or not x.requires_grad:
-        return None
-    facts = _look_at(composite, module, x)
-    return composite if facts.extra and not facts.reason else None
+    return cast(types.FunctionType, run_or_leave)
 
 
-def _run(
-    entry: _stack.Entry, composite: Composite, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """A module's forward under a scope."""
+def _in_globals_of(forward: Any, function: types.FunctionType) -> types.FunctionType:
+    """The same function, which needs no globals, with those of `forward`: torch.jit.script reads the source of the
+    one, and looks names up in the globals of the other."""
+    found = getattr(inspect.unwrap(forward), "__globals__", function.__globals__)
+    return types.FunctionType(function.__code__, found, function.__name__, function.__defaults__, function.__closure__)
+
+
+def _run(entry: Any, composite: Composite, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A module's forward under a scope, or under the recorder of a profile."""
+    if not isinstance(entry, _stack.Entry):
+        return entry.run_composite(composite, module, args, kwargs)
     x = args[0] if args else next(iter(kwargs.values()), None)
     if len(args) + len(kwargs) != 1 or not isinstance(x, Tensor) or _policy.traced():
         return composite.forward(module, *args, **kwargs)
-    own = list(module._parameters.items())
     run_it = functools.partial(composite.forward, module, x)
     if composite.call is not None:
         return _run_activation(entry, composite.call, composite, module, x, run_it)
     settings, ledger = entry.scope._settings, entry.scope._ledger
-    if not settings.recompute or any(type(p) is not nn.Parameter for _, p in own if p is not None):
+    parameters = own(module)
+    if not settings.recompute or parameters is None:
+        return run_it()
+    if entry.hooks is not None:  # what is kept is theirs: they were there before ours, and would not be handed it
         return run_it()
     try:
         if not _treatment.admits(entry, composite.name, x):
             return run_it()
-        facts = _look_at(composite, module, x)
+        facts = look_at(composite, module, x)
         if facts.reason:
             raise Keep(facts.reason)
     except Keep as keep:
         ledger.passed(composite.name, str(keep), 0)
         return run_it()
-    if facts.extra + facts.keeps_x - 1.0 < _recompute.ONE_NODE_GAIN:
+    if not facts.gains(composite):
         return run_it()
-    names = [name for name, _ in own]
-    parameters: list[Tensor] = [p for _, p in own if p is not None]
-    forward = functools.partial(_with_parameters, composite.forward, module, names)
-    return _recompute.one_node(ledger, composite.name, forward, x, parameters, facts.extra, facts.keeps_x)
+    forward = _Shell(composite, module)
+    return _recompute.again(ledger, composite.name, run_it, forward, x, parameters, facts.extra, facts.keeps_x)
 
 
 def _run_activation(
@@ -225,14 +242,16 @@ def _run_activation(
     try:
         if not _treatment.admits(entry, call.name, x):
             return run_it()
-        facts = _look_at(composite, module, x)
-        if not facts.extra and not facts.reason:
+        facts = look_at(composite, module, x)
+        if not facts.gains(composite) and not facts.reason:
             return run_it()  # a native node, which the mode sees
         if facts.reason:
             raise Keep(facts.reason)
         never_kept = int(facts.extra * x.nbytes)
-        forward = functools.partial(composite.forward, module)
+        forward = _Shell(composite, module)
         if settings.exact:
+            if entry.hooks is not None:
+                raise Keep(_policy.HOOKS)
             if settings.bits_for(call.name, x, exact=False) is None:
                 raise Keep(f"no bits are given for {call.name}")
             return _treatment.again(entry, call.name, forward, x, never_kept)
@@ -245,30 +264,70 @@ def _run_activation(
     return _treatment.as_one_node(entry, plan, x, run_it, forward, never_kept)
 
 
-def _with_parameters(forward: Forward, module: nn.Module, names: list[str], x: Tensor, *parameters: Tensor) -> Tensor:
-    """The forward of `module` with these parameters in the place of its own."""
-    shadow = copy.copy(module)
-    given = iter(parameters)
-    present = [name for name in names if module._parameters[name] is not None]
-    shadow.__dict__["_parameters"] = {**module._parameters, **dict(zip(present, given, strict=True))}
-    return forward(shadow, x)
+def _own(module: nn.Module) -> list[Tensor]:
+    """The parameters that the module itself has, not those of modules in it."""
+    return [p for p in module._parameters.values() if p is not None]
 
 
-def _look_at(composite: Composite, module: nn.Module, x: Tensor) -> Facts:
+def own(module: nn.Module) -> list[Tensor] | None:
+    """The same; None where one is of a class that no tensor can take the place of."""
+    parameters = _own(module)
+    return parameters if all(type(p) is nn.Parameter for p in parameters) else None
+
+
+class _Shell:
+    """The forward of a module as it is now, with parameters to be given: `shell(x, *_own(module))`.
+
+    It refers neither to the module nor to the parameters, so that it keeps no model alive, and what is set on the
+    module after the forward, another epsilon say, does not reach the backward.
+    """
+
+    __slots__ = ("_class", "_content", "_forward", "_names")
+
+    def __init__(self, composite: Composite, module: nn.Module) -> None:
+        self._forward = composite.forward
+        self._class = type(module)
+        self._content = dict(module.__dict__)
+        self._names = [name for name, p in module._parameters.items() if p is not None]
+        self._content["_parameters"] = dict.fromkeys(module._parameters)
+
+    def __call__(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        shell = object.__new__(self._class)
+        shell.__dict__.update(self._content)
+        shell.__dict__["_parameters"] = {
+            **self._content["_parameters"],
+            **dict(zip(self._names, parameters, strict=True)),
+        }
+        return self._forward(shell, x)
+
+
+def look_at(composite: Composite, module: nn.Module, x: Tensor) -> Facts:
     """Ask an instance, once for each dtype and state, what it computes and saves."""
     trainable = tuple(p.requires_grad for p in module._parameters.values() if p is not None)
     key = x.dtype, x.device, x.requires_grad, trainable, Autocast.of(x.device.type)
     known = _facts.setdefault(module, {})
     if key not in known:
-        known[key] = Facts(_reason_to_leave(composite, module), *_saves(composite, module, x))
+        reason = _reason_to_leave(composite, module, x)
+        known[key] = Facts(reason, 0.0, True) if reason else Facts("", *_saves(composite, module, x))
     return known[key]
 
 
-def _reason_to_leave(composite: Composite, module: nn.Module) -> str:
+def _reason_to_leave(composite: Composite, module: nn.Module, x: Tensor) -> str:
     if "forward" in module.__dict__:
         return OWN_FORWARD
     if module._modules and any(p is not None for m in module._modules.values() if m for p in m.parameters()):
         return HAS_PARAMETERS
+    probe = _probe(composite, x)
+    version = probe._version
+    try:
+        with pristine(autocast=True):
+            y = _Shell(composite, module)(probe, *(p.detach() for p in _own(module)))
+    except Exception as error:  # the report has it
+        return NO_PROBE.format(error)
+    if not isinstance(y, Tensor) or y.shape != probe.shape or probe._version != version or _shared(y, probe):
+        return NO_NODE
+    if y.requires_grad:
+        return CAPTURES  # a weight computed from others, by a hook say
     if composite.call is None:
         return ""
     if any(p is not None for p in module._parameters.values()):
@@ -283,11 +342,18 @@ def _reason_to_leave(composite: Composite, module: nn.Module) -> str:
     return "" if same else OTHER_FUNCTION.format(composite.name)
 
 
+def _shared(a: Tensor, b: Tensor) -> bool:
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+
+
 def _saves(composite: Composite, module: nn.Module, x: Tensor) -> tuple[float, bool]:
-    shape = _recompute.probe_shape(x) if composite.call is None else (8,)
-    probe = torch.zeros(shape, dtype=x.dtype, device=x.device)
     own = [*module.parameters(), *module.buffers()]
-    return saves(functools.partial(composite.forward, module), probe, own, autocast=True)
+    return saves(functools.partial(composite.forward, module), _probe(composite, x), own, autocast=True)
+
+
+def _probe(composite: Composite, x: Tensor) -> Tensor:
+    shape = _recompute.probe_shape(x) if composite.call is None else (8,)
+    return torch.zeros(shape, dtype=x.dtype, device=x.device)
 
 
 # The built-in table: activations by the module that defines them, and norms, which each model of transformers defines

@@ -88,6 +88,11 @@ class Step:
                 self.look()
                 self.backward_began = True
 
+    def unpacked(self) -> None:
+        """What was packed is asked for: by a backward, whose latest sign this is, or by somebody who looks on."""
+        if not self.backward_began and torch._C._current_graph_task_id() != -1:
+            self.begin_backward()
+
     def look(self) -> None:
         """See which storages are gone, and learn of it what is kept."""
         self.sweep()

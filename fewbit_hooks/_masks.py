@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import _policy, _recompute, ops
+from . import _policy, _recipes, _recompute, ops
 from ._hooks import NO_GAIN, Kept
 from ._ledger import CODES, Ledger, Row, Step
 from ._mask_calls import MaskCall
@@ -59,10 +59,9 @@ def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: 
     """Make a call that saves a mask: packed, or as it is."""
     given = call.given(args, kwargs)
     if call.draws_nothing(given):
-        y = func(*args, **kwargs)
-        if entry.recomputes:
-            _note(call, func, given, None, None, y)
-        return y
+        if entry.recomputes and entry.hooks is None and call.name == "scaled_dot_product_attention":
+            return _recompute.keeping(call.name, func, args, kwargs)
+        return func(*args, **kwargs)
     tensors = [value for value in given.values() if isinstance(value, Tensor)]
     x = next((t for t in tensors if t.requires_grad), None)
     if x is None:
@@ -88,23 +87,16 @@ def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: 
             raise Keep(f"no bits are given for {call.name}")
     except Keep as keep:
         return _keep(ledger, call, str(keep), tensors, functools.partial(func, *args, **kwargs))
-    hook = MaskHook(call, tensors, ledger, settings.min_bytes)
+    hook = MaskHook(call, tensors, ledger, settings.min_bytes, anchors=entry.recomputes)
     try:
         with torch.autograd.graph.saved_tensors_hooks(hook, _unpack):
             y = func(*args, **kwargs)
-        if entry.recomputes:
-            _note(call, func, given, x, hook.packed, y)
+        plain = func in PLAIN_DROPOUT and not given.get("inplace")
+        if entry.recomputes and plain and hook.packed is not None and isinstance(y, Tensor):
+            _recompute.note_dropout(x, y, hook.packed, given.get("p", 0.5))
         return y
     finally:
         hook.release()
-
-
-def _note(call: MaskCall, func: Any, given: dict[str, Any], x: Tensor | None, packed: Any, y: Any) -> None:
-    """For what is computed again: a dropout's result is its input and its mask; attention keeps what it is given."""
-    if call.name == "scaled_dot_product_attention":
-        _recompute.anchor_attention(given, y)
-    elif func in PLAIN_DROPOUT and x is not None and packed is not None and not given.get("inplace"):
-        _recompute.note_dropout(x, y, packed, given.get("p", 0.5))
 
 
 class PackedMask:
@@ -120,8 +112,7 @@ class PackedMask:
 
     def unpack(self) -> Tensor:
         """The mask, bit for bit."""
-        if torch._C._current_graph_task_id() != -1 and not self.step.backward_began:
-            self.step.begin_backward()
+        self.step.unpacked()
         with torch._C.DisableTorchFunction(), torch.no_grad():
             return ops.decode(self.codes, self.rows, 1, self.layout)
 
@@ -192,12 +183,19 @@ def _unpack(packed: PackedMask | WaitingMask | Kept) -> Tensor:
 
 
 class MaskHook:
-    """The pack hook of one call that saves a mask."""
+    """The pack hook of one call that saves a mask.
 
-    __slots__ = ("_arguments", "_call", "_in_hand", "_ledger", "_min_bytes", "packed")
+    Args:
+        anchors: what is no mask, and so kept, serves to compute others again.
+    """
 
-    def __init__(self, call: MaskCall, tensors: list[Tensor], ledger: Ledger, min_bytes: int) -> None:
+    __slots__ = ("_anchors", "_arguments", "_call", "_in_hand", "_ledger", "_min_bytes", "packed")
+
+    def __init__(
+        self, call: MaskCall, tensors: list[Tensor], ledger: Ledger, min_bytes: int, *, anchors: bool = False
+    ) -> None:
         self._call = call
+        self._anchors = anchors
         self._in_hand = call.returns or bool(call.mask)
         self._arguments = _arguments(call, tensors)
         self._ledger = ledger
@@ -207,7 +205,7 @@ class MaskHook:
     def __call__(self, t: Tensor) -> PackedMask | WaitingMask | Kept:
         call, ledger = self._call, self._ledger
         if not _may_be_a_mask(t, self._arguments):
-            return Kept(t, call.name)
+            return self._pass(t)
         if t.nbytes < max(self._min_bytes, 1):
             ledger.passed(call.name, _policy.SMALL, t.nbytes)
             return Kept(t, call.name)
@@ -221,7 +219,7 @@ class MaskHook:
         with torch._C.DisableTorchFunction(), torch.no_grad():
             other = ops.second_value(t)
             if other is None:
-                return Kept(t, call.name)
+                return self._pass(t)
             row = ledger.row(call.name, 1, how=CODES)
             ledger.original(row, t)
             if self._in_hand:
@@ -235,6 +233,13 @@ class MaskHook:
     def release(self) -> None:
         """The call is over; the hook itself lives as long as the node."""
         del self._call, self._arguments, self._ledger, self.packed
+
+    def _pass(self, t: Tensor) -> Kept:
+        """What is no mask."""
+        kept = Kept(t, self._call.name)
+        if self._anchors:
+            _recipes.anchor(t, kept)
+        return kept
 
     def _keep(self, t: Tensor, reason: str) -> Kept:
         self._ledger.original(self._ledger.row(self._call.name, None, reason), t)

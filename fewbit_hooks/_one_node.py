@@ -1,15 +1,8 @@
-"""One node in the place of many: what computes an activation or a norm from primitives, run as a whole.
+"""One node in the place of many: what computes an activation from primitives, run as a whole.
 
-Written in primitives, `gelu_new` saves four tensors of the activation's size, and an RMSNorm two and a half. Run as one
-node it saves its input, or the codes of it. Its own forward runs, unrecorded, so the result is bit for bit what it was
-and no formula is copied. In backward there are three ways to the gradient:
-
-    codes           the level of each input's code, times the gradient
-    the output      which another node keeps, and at most one bit: NOTE [ Beside a kept output ] in `_inverse.py`
-    run again       the input is kept; the forward runs once more, recorded, and is differentiated: exact
-
-An input that another node keeps anyway costs nothing; where it is run again from that, what is freed is all that the
-primitives would have saved.
+Written in primitives, `gelu_new` saves four tensors of the activation's size. Run as one node it saves the codes of its
+input, or, where another node keeps the output, at most one bit: NOTE [ Beside a kept output ] in `_inverse.py`. Its own
+forward runs, unrecorded, so the result is bit for bit what it was and no formula is copied.
 """
 
 from __future__ import annotations
@@ -25,12 +18,9 @@ from . import ops
 from ._errors import FewbitError
 from ._hooks import Beside, begin_backward
 from ._inverse import Inverse
-from ._ledger import CODES, OUTPUT, RECOMPUTED, Ledger, Step
+from ._ledger import CODES, OUTPUT, Ledger
 from ._plan import Plan
-from ._replay import Autocast, replay
 from ._sites import Site, Verdict, Watch
-
-Forward = Callable[..., Tensor]
 
 
 def run_coded(
@@ -54,29 +44,6 @@ def run_coded(
     if site is not None:
         treated = Verdict.CODES if inverse is None else Verdict.OUTPUT
         ledger.watch(Watch(site, [StorageWeakRef(x.untyped_storage())], y, treated))
-    return y
-
-
-def run_again(
-    name: str,
-    ledger: Ledger,
-    forward: Forward,
-    x: Tensor,
-    parameters: list[Tensor],
-    never_kept: int,
-    keeps_x: bool = True,
-) -> Tensor:
-    """Run `forward(x, *parameters)` as one node that keeps its arguments, and runs it again to differentiate it.
-
-    Args:
-        never_kept: bytes that its primitives would have saved beside the input and the parameters.
-        keeps_x: they would have saved the input, too.
-    """
-    row = ledger.row(name, 0, how=RECOMPUTED)
-    if keeps_x:
-        ledger.original(row, x)
-    ledger.stored(row, 0 if keeps_x else x.nbytes, never_kept=never_kept)
-    y: Tensor = _Again.apply(name, forward, ledger.step, x, *parameters)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -123,30 +90,6 @@ class _Coded(torch.autograd.Function):
             return slope.mul_(grad), None, None, None, None, None
 
 
-class _Again(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, name: str, forward: Forward, step: Step, x: Tensor, *parameters: Tensor) -> Tensor:
-        y = _checked(name, x, lambda: forward(x, *parameters))
-        ctx.save_for_backward(x, *parameters)  # autograd checks their versions, and hands them to others' hooks
-        ctx.rerun, ctx.step, ctx.autocast = forward, step, Autocast.of(x.device.type)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        twice = torch.is_grad_enabled()  # create_graph=True: what is computed here is differentiated in its turn
-        if not ctx.step.backward_began:
-            ctx.step.begin_backward()
-        needed = ctx.needs_input_grad[3:]
-        tensors = list(ctx.saved_tensors)
-        with replay(ctx.autocast, grad=True):
-            if not twice:
-                tensors = [t.detach().requires_grad_(n) for t, n in zip(tensors, needed, strict=True)]
-            y: Tensor = ctx.rerun(*tensors)
-            inputs = [t for t, n in zip(tensors, needed, strict=True) if n]
-            found = iter(torch.autograd.grad(y, inputs, grad, create_graph=twice, allow_unused=True))
-        return None, None, None, *(next(found) if n else None for n in needed)
-
-
 def _checked(name: str, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
     """The result of a forward that must neither change its input nor return a part of it."""
     version = x._version
@@ -157,4 +100,4 @@ def _checked(name: str, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
         raise FewbitError(f"{name} must return one tensor of its input's shape to be run as one node.")
     if y.untyped_storage()._cdata == x.untyped_storage()._cdata:
         raise FewbitError(f"{name} returned its input, or a view of it; what is run as one node must return a new one.")
-    return y
+    return y.detach() if y._is_view() else y  # a view, made in a Function, could not be changed in place

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _stack
+from . import _policy, _stack
 from ._errors import FewbitTypeError
-from ._predict import Prediction, predict
+from ._predict import Outlook, Prediction, predict
 from ._profile_table import Profile, ProfileRow
-from ._recorder import Operation, Recorder, Saved, tensors_in
+from ._quantizer import check_bits
+from ._recorder import Recorder, tensors_in
+from ._recording import Operation, Saved
 from ._restore import buffers_restored, generators_restored
 from ._scope import scope
 
@@ -22,7 +24,13 @@ BITS = (1, 2, 3, 4)
 
 
 def profile(
-    model: Callable[..., Any], batch: Any = _NOTHING, *, bits: int = 3, exact: bool = False, min_bytes: int = 65536
+    model: Callable[..., Any],
+    batch: Any = _NOTHING,
+    *,
+    bits: int = 3,
+    exact: bool = False,
+    recompute: bool = False,
+    min_bytes: int = 65536,
 ) -> Profile:
     """What autograd keeps of a step, whose it is, and what few bits would free.
 
@@ -39,18 +47,20 @@ def profile(
     `profile(model, batch)` runs the forward of `model`; `profile(step)` runs a step of yours, whatever it does. The
     saved tensors are looked at as they are saved: on any torch that the library runs on, and for any model. Every
     storage is counted once, however many nodes keep it; parameters and buffers are the model's and are not counted.
+    The predictions play a scope on what was recorded, until it has learned what others keep.
 
     Args:
         model: what to run: a module, or any callable.
         batch: a dict (keyword arguments), a tuple or list (positional ones) or one argument. Left out: there are none.
-        bits, exact, min_bytes: of the scope that the rows' `few_bits` speak of. `predictions` has 1 to 4 bits and
-            `exact=True` whatever is given here.
+        bits, exact, recompute, min_bytes: of the scope that the rows' `few_bits` speak of. `predictions` has 1 to 4
+            bits and `exact=True` whatever is given here, and both `bits` and `exact=True` with `recompute=True`.
 
     Returns:
         A `Profile`: `rows`, totals and `predictions`; `str()`, `to_markdown()`, `to_dict()`, `plot(path)`.
 
     Raises:
         FewbitTypeError: what was returned has no graph.
+        FewbitTypeError, FewbitValueError: `bits` is not a number from 1 to 8, and the like.
 
     What counts is held when the forward is over: when a backward begins inside the step, or else when it has returned
     a tensor with a graph (the loss; or an output with a `.loss`; or else its first floating tensor). The forward is
@@ -64,6 +74,7 @@ def profile(
     (`3.0 * x`, 8 bytes each) are not counted. torch.func's grad, vjp and jacrev do not run under saved-tensor hooks,
     and so not here.
     """
+    bits = check_bits(bits)
     recorder = Recorder()
     args, kwargs = _arguments(batch)
     user = list(tensors_in((args, kwargs)))
@@ -83,16 +94,27 @@ def profile(
     saved = [tensor for tensor in recorder.saved if tensor.storage not in recorder.own]
     original = sum({tensor.storage: tensor.nbytes for tensor in saved}.values())
 
-    def prediction(bits: int, exact: bool = False) -> Prediction:
-        outlook = predict(saved, bits, exact=exact, min_bytes=min_bytes, own=held_anyway)
-        freed = sum({t.storage: t.nbytes for t in saved if t.storage in outlook.freed}.values())
-        setting = "exact" if exact else f"{bits} bit" + ("" if bits == 1 else "s")
-        return Prediction(setting, outlook.stored_bytes, freed, original - freed + outlook.stored_bytes)
+    def outlook(bits: int, exact: bool, recompute: bool) -> Outlook:
+        settings = _policy.check_settings(bits, min_bytes, (), exact, recompute, "hooks", ())
+        return predict(recorder.operations, saved, settings, held_anyway)
 
-    outlook = predict(saved, bits, exact=exact, min_bytes=min_bytes, own=held_anyway)
+    def prediction(bits: int, exact: bool = False, recompute: bool = False) -> Prediction:
+        found = outlook(bits, exact, recompute)
+        freed = sum({t.storage: t.nbytes for t in saved if t.storage in found.freed}.values())
+        setting = ("exact" if exact else f"{bits} bit" + ("" if bits == 1 else "s")) + (
+            ", recompute" if recompute else ""
+        )
+        return Prediction(setting, found.stored_bytes, freed, original - freed + found.stored_bytes)
+
+    asked = outlook(bits, exact, recompute)
     return Profile(
-        rows=_rows(saved, {**outlook.kept, **outlook.freed}, set(outlook.freed)),
-        predictions=(*map(prediction, BITS), prediction(1, exact=True)),
+        rows=_rows(saved, {**asked.kept, **asked.freed}, set(asked.freed)),
+        predictions=(
+            *map(prediction, BITS),
+            prediction(1, exact=True),
+            prediction(bits, recompute=True),
+            prediction(1, exact=True, recompute=True),
+        ),
         own_bytes=sum({t.storage: t.nbytes for t in recorder.saved if t.storage in recorder.own}.values()),
         opaque=_opaque(recorder, saved),
         notes=_notes(recorder),
@@ -127,7 +149,8 @@ def _rows(saved: list[Saved], few_bits: Mapping[int, str], freed: set[int]) -> t
     names = _Names()
     sums: dict[tuple[Any, ...], list[int]] = {}
     for storage, tensors in savers.items():
-        first, *others = dict.fromkeys((tensor.operation.name, names(tensor.operation)) for tensor in tensors)
+        operations = [tensor.operation.within or tensor.operation for tensor in tensors]
+        first, *others = dict.fromkeys((operation.name, names(operation)) for operation in operations)
         treatment = few_bits.get(storage, "")
         key = *first, str(tensors[0].dtype).removeprefix("torch."), tuple(others), treatment, storage in freed
         total = sums.setdefault(key, [0, 0])

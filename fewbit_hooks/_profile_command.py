@@ -35,6 +35,7 @@ def add_parser(commands: Any) -> None:
     add("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
     add("--device", default="cpu", help="as torch.device takes it. Default: cpu")
     add("--bits", type=int, choices=range(1, 9), default=3, metavar="N", help="of the table. Default: 3")
+    add("--recompute", action="store_true", help="of the table, too: what can be computed again is not kept")
     add("--plot", type=Path, metavar="PATH", help="draw it, too: .png, .svg or .pdf")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="print markdown")
@@ -51,7 +52,8 @@ def run(options: argparse.Namespace) -> int:
     model, batch = build(options.name, sizes)
     if options.device != "cpu" and hasattr(model, "to"):
         model, batch = model.to(options.device), _to(batch, options.device)
-    result = profile(model, batch, bits=options.bits) if batch is not None else profile(model, bits=options.bits)
+    given = (model, batch) if batch is not None else (model,)
+    result = profile(*given, bits=options.bits, recompute=options.recompute)
     if options.plot:
         result.plot(options.plot)
     if options.json:

@@ -28,14 +28,14 @@ def draw(profile: Profile, path: str | PathLike[str]) -> None:
         sums = sum(row.nbytes for row in rest), sum(row.freed_bytes for row in rest)
         bars.append((f"{len(rest)} smaller", *sums, ""))
     figure = Figure(figsize=(13, 1.9 + 0.32 * max(len(bars), 6)), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1.7, 1])
+    left, right = figure.subplots(1, 2, width_ratios=[1.7, 1.1])
     figure.suptitle(f"{human(profile.nbytes)} kept for backward", x=0.01, ha="left", color=INK, fontsize=15)
 
     places = range(len(bars))
     kept = [(nbytes - freed) / MIB for _, nbytes, freed, _ in bars]
     freed = [freed / MIB for _, _, freed, _ in bars]
     left.barh(places, kept, color=KEPT, label="stays as it is")
-    left.barh(places, freed, left=kept, color=FREED, label="a scope frees it, and stores codes")
+    left.barh(places, freed, left=kept, color=FREED, label="a scope frees it")
     for place, (_, nbytes, _, dtype) in zip(places, bars, strict=True):
         share = 100 * nbytes / profile.nbytes if profile.nbytes else 0
         left.text(nbytes / MIB, place, f"  {share:.0f} %  {dtype}", va="center", color=MUTED, fontsize=8.5)
@@ -51,7 +51,7 @@ def draw(profile: Profile, path: str | PathLike[str]) -> None:
     held = [profile.nbytes / MIB, *(prediction.held_bytes / MIB for prediction in profile.predictions)]
     others = [h - c for h, c in zip(held, codes, strict=True)]
     right.barh(names, others, color=KEPT, height=0.65, label="as it is")
-    right.barh(names, codes, left=others, color=CODES, height=0.65, label="codes")
+    right.barh(names, codes, left=others, color=CODES, height=0.65, label="stored")
     for place, width in enumerate(held):
         change = f"  {100 * (width / held[0] - 1):+.1f} %" if place and held[0] else ""
         right.text(width, place, change, va="center", color=MUTED, fontsize=8.5)

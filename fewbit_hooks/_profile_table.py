@@ -27,7 +27,7 @@ class ProfileRow:
         dtype: of the saved tensors.
         storages, nbytes: how many, and their bytes.
         shared_with: the (operation, module) of the other nodes that keep them.
-        few_bits: what a scope would do: "3 bits", "1 bit, exact", "kept: ..."; empty where it would not look.
+        few_bits: what a scope would do: "3 bits", "computed again", "kept: ..."; empty where it would not look.
         freed_bytes: what a scope would free of them.
     """
 
@@ -47,7 +47,7 @@ class Profile:
 
     Attributes:
         rows: by operation, module and dtype, largest first.
-        predictions: what would be held at 1 to 4 bits, and with `exact=True`.
+        predictions: what would be held at 1 to 4 bits, with `exact=True`, and with `recompute=True`.
         own_bytes: parameters and buffers that nodes keep: the model's own, not counted.
         opaque: custom autograd Functions: name -> (nodes, bytes seen). What else they keep cannot be looked into.
         notes: what else was not seen.

@@ -13,7 +13,9 @@ tensor is replaced by a *recipe*: what to run again, and on which kept tensors.
 3. A recipe is made when a node saves a tensor whose origin leads, in at most `DEPTH` steps, to anchors alone. So a
    recipe keeps nothing alive that autograd would not keep without it, and what it replaces is gone.
 4. The sources are held detached, with their versions, which are checked before they are used: as autograd would do.
-5. What is computed for one of several consumers (query, key and value) is held until the last of them has had it, or
+   A tensor of which others may have got hold of the memory itself (`.data`, `.numpy()`) has no origin any more.
+5. What is detached has no origin: what is made of it may outlive the graph that keeps the sources.
+6. What is computed for one of several consumers (query, key and value) is held until the last of them has had it, or
    the backward is over.
 
 Origins and anchors are the thread's, and dropped when its last scope is left, and when a backward begins.
@@ -33,6 +35,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ._errors import FewbitError, FewbitRuntimeError
 from ._hooks import Kept
 from ._replay import Autocast, replay
+from ._sites import Site
 
 DEPTH = 8
 """Steps from a recipe to what is kept. LoRA's chain of norm, cast and dropout has three."""
@@ -73,22 +76,22 @@ class Part(Protocol):
 class Leaf:
     """A kept tensor, and its version."""
 
-    __slots__ = ("_tensor", "_version")
+    __slots__ = ("__weakref__", "tensor", "version")
 
     def __init__(self, tensor: Tensor, version: int) -> None:
-        self._tensor = tensor.detach()
-        self._version = version
+        self.tensor = tensor.detach()
+        self.version = version
 
     def value(self) -> Tensor:
         """The tensor, unless it has been changed."""
-        if self._tensor._version != self._version:
+        if self.tensor._version != self.version:
             raise FewbitRuntimeError(
-                f"a tensor of shape {list(self._tensor.shape)}, from which others are computed again for backward, has "
-                f"been modified by an inplace operation: it is at version {self._tensor._version}, expected "
-                f"{self._version}. Replace the inplace operation by its out-of-place form, or run the module under "
+                f"a tensor of shape {list(self.tensor.shape)}, from which others are computed again for backward, has "
+                f"been modified by an inplace operation: it is at version {self.tensor._version}, expected "
+                f"{self.version}. Replace the inplace operation by its out-of-place form, or run the module under "
                 "`with fewbit_hooks.scope(bits=None):`."
             )
-        return self._tensor
+        return self.tensor
 
 
 class Recipe:
@@ -163,6 +166,20 @@ def _stream_of(t: Tensor) -> Any:
     return torch.cuda.current_stream(t.device) if t.is_cuda else None
 
 
+class Computed:
+    """What a recipe gives, as a source lies in it."""
+
+    __slots__ = ("_geometry", "recipe")
+
+    def __init__(self, recipe: Recipe, geometry: Geometry) -> None:
+        self.recipe = recipe
+        self._geometry = geometry
+
+    def value(self) -> Tensor:
+        """The source, computed again."""
+        return self._geometry.of(self.recipe.value())
+
+
 class Source:
     """A tensor that another was computed from; held by what is its own, not by its content."""
 
@@ -170,17 +187,20 @@ class Source:
 
     def __init__(self, t: Tensor) -> None:
         self._geometry = Geometry(t)
-        self._storage: int = t.untyped_storage()._cdata
+        self._storage = StorageWeakRef(t.untyped_storage())  # as long as it is held its address names no other
         self._version: int = t._version
         self._own = weakref.ref(t) if isinstance(t, torch.nn.Parameter) else None
         self.origin = find(t)
 
     def part(self, depth: int) -> Part | None:
-        """An anchor, or else a recipe; None where there is neither."""
-        kept: Any = self._own() if self._own is not None else _known.anchor(self._storage)
+        """An anchor, or else what a recipe gives; None where there is neither."""
+        kept: Any = self._own() if self._own is not None else _known.anchor(self._storage.cdata)
         if kept is not None and kept.dtype == self._geometry.dtype and kept._version == self._version:
             return Leaf(self._geometry.of(kept.detach()), self._version)
-        return self.origin.recipe(depth) if self.origin is not None else None
+        if self.origin is None or self.origin.geometry.dtype != self._geometry.dtype:
+            return None
+        recipe = self.origin.recipe(depth)
+        return Computed(recipe, self._geometry) if recipe is not None else None
 
 
 class Origin:
@@ -191,11 +211,19 @@ class Origin:
         run: `run(*sources)` computes it again, in the same layout.
         sources: the tensors that it was computed from.
         others: further parts, weakly held: a dropout's mask.
+        site: where an activation was called that may keep its input, or not; and the step.
     """
 
-    __slots__ = ("_autocast", "_geometry", "_others", "_recipe", "_run", "_sources", "_storage", "version")
+    __slots__ = ("_autocast", "_geometry", "_others", "_recipe", "_run", "_site", "_sources", "_storage", "version")
 
-    def __init__(self, y: Tensor, run: Run, sources: Sequence[Tensor], others: Sequence[Any] = ()) -> None:
+    def __init__(
+        self,
+        y: Tensor,
+        run: Run,
+        sources: Sequence[Tensor],
+        others: Sequence[Any] = (),
+        site: tuple[Site, int] | None = None,
+    ) -> None:
         self._geometry = Geometry(y)
         self._storage = StorageWeakRef(y.untyped_storage())  # as long as it is held its address names no other
         self.version: int = y._version
@@ -204,6 +232,7 @@ class Origin:
         self._others = [weakref.ref(other) for other in others]
         self._autocast = Autocast.of(y.device.type)
         self._recipe: weakref.ref[Recipe] | None = None
+        self._site = site
 
     @property
     def gone(self) -> bool:
@@ -221,12 +250,15 @@ class Origin:
         if recipe is None and depth > 0:
             parts: list[Part | None] = [source.part(depth - 1) for source in self._sources]
             parts += [_Other(kept) if (kept := ref()) is not None else None for ref in self._others]
-            if any(part is None for part in parts):
+            if self._site is not None:
+                site, step = self._site
+                site.asked_for(step, given=None not in parts)
+            if None in parts:
                 return None
             recipe = Recipe(self._run, [p for p in parts if p is not None], self._autocast, self._geometry)
             for part in parts:
-                if isinstance(part, Recipe):
-                    part.add_user()
+                if isinstance(part, Computed):
+                    part.recipe.add_user()
             self._recipe = weakref.ref(recipe)
         return recipe
 
@@ -255,7 +287,7 @@ class _Known(threading.local):
     def anchor(self, storage: int) -> Tensor | None:
         ref = self.anchors.get(storage)
         kept = ref() if ref is not None else None
-        if isinstance(kept, Kept):
+        if isinstance(kept, (Kept, Leaf)):
             kept = kept.tensor
         if kept is None or kept.untyped_storage()._cdata != storage:  # the address may name another storage by now
             return None
@@ -271,16 +303,22 @@ class _Known(threading.local):
 _known = _Known()
 
 
-def note(y: Tensor, run: Run, sources: Sequence[Tensor], others: Sequence[Any] = ()) -> None:
+def note(
+    y: Tensor,
+    run: Run,
+    sources: Sequence[Tensor],
+    others: Sequence[Any] = (),
+    site: tuple[Site, int] | None = None,
+) -> None:
     """`y` was computed from these; it must lie in a storage of its own."""
     key = y.untyped_storage()._cdata
-    if all(t.untyped_storage()._cdata != key for t in sources):
-        _known.origins[key] = Origin(y, run, sources, others)
+    if y.grad_fn is not None and all(t.untyped_storage()._cdata != key for t in sources):
+        _known.origins[key] = Origin(y, run, sources, others, site)
         _known.purge()
 
 
 def anchor(t: Tensor, keeper: Any = None) -> None:
-    """A node keeps `t`, by itself or in the `Kept` that it was given."""
+    """A node keeps `t`, by itself or in a `Kept` or `Leaf` that it was given."""
     _known.anchors[t.untyped_storage()._cdata] = weakref.ref(keeper if keeper is not None else t)
     _known.purge()
 
@@ -291,9 +329,17 @@ def is_anchor(t: Tensor) -> bool:
 
 
 def find(t: Tensor) -> Origin | None:
-    """How `t`, or what it is a view of, came to be; None where that is not known, or it was changed since."""
-    origin = _known.origins.get(t.untyped_storage()._cdata)
+    """How `t`, or what it is a view of, came to be; None where that is not known, or `t` was changed or detached."""
+    origin = _known.origins.get(t.untyped_storage()._cdata) if t.grad_fn is not None else None
     return origin if origin is not None and t._version == origin.version else None
+
+
+def expose(t: Tensor) -> None:
+    """Somebody gets hold of the memory of `t`, and may change it without a trace: nothing is known of it any more."""
+    if t.layout is torch.strided:
+        key = t.untyped_storage()._cdata
+        _known.origins.pop(key, None)
+        _known.anchors.pop(key, None)
 
 
 def forget() -> None:

@@ -1,142 +1,169 @@
-"""Calls that matter under `recompute=True`: what makes a tensor that can be computed again, and what would save it.
+"""What a scope does with the calls that matter under `recompute=True` (`_recompute_calls.py`), and what comes of them.
 
-    norm        anchors its input; what it returns has a recipe. Where the native node is none (an RMSNorm that is
-                decomposed, a norm whose input autocast casts) it is run as one node
-    softmax     anchors its output
-    cast        what it returns has a recipe
-    product     saves both factors, by recipe where they have one; what it returns has a recipe
-    consumer    saves its operands, by recipe where they have one: Linear, matmul, convolution
-
-and, in `note_activation` and `note_dropout`, the calls that a scope recognises anyway. See NOTE [ Recipes ] in
-`_recipes.py`.
+What they return gets an origin, what their nodes keep is an anchor: NOTE [ Recipes ] in `_recipes.py`. What they would
+save is the business of `_consumers.py`; `note_activation` and `note_dropout` are for calls that any scope recognises.
 """
 
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import _one_node, _policy, _recipes
-from ._calls import _callables
+from . import _policy, _recipes
+from ._again import run_again
+from ._consumers import consume
 from ._hooks import Kept, unpack
-from ._ledger import RECOMPUTED, Ledger, Step
-from ._recipes import Geometry, Recipe
+from ._ledger import Ledger
+from ._recompute_calls import RecomputeCall
 from ._replay import Autocast
-from ._sites import Verdict, Watch
+from ._sites import Site
 from ._stack import Entry
 from ._standins import saves
 
-ONE_NODE_GAIN = 0.25
-"""Bytes, for each byte of its input, that a norm must keep less as one node: a fused kernel's statistics are not it."""
-
-
-@dataclass(frozen=True)
-class RecomputeCall:
-    """A callable that makes a tensor which can be computed again, or would save one.
-
-    Attributes:
-        name: as reports name it.
-        kind: "norm", "softmax", "cast", "product" or "consumer".
-    """
-
-    name: str
-    kind: str
-
-
-_CALLS = {
-    ("layer_norm", "norm"): "F.layer_norm torch.layer_norm",
-    ("rms_norm", "norm"): "F.rms_norm torch.rms_norm",
-    ("group_norm", "norm"): "F.group_norm torch.group_norm",
-    ("softmax", "softmax"): "F.softmax torch.softmax Tensor.softmax",
-    ("to", "cast"): "Tensor.to Tensor.float Tensor.half Tensor.bfloat16 Tensor.double Tensor.type Tensor.type_as",
-    ("mul", "product"): "torch.mul torch.multiply Tensor.mul Tensor.multiply Tensor.__mul__ Tensor.__rmul__ "
-    "torch.ops.aten.mul",
-    ("linear", "consumer"): "F.linear torch.ops.aten.linear",
-    ("matmul", "consumer"): "torch.matmul Tensor.matmul Tensor.__matmul__ torch.mm Tensor.mm torch.bmm Tensor.bmm "
-    "torch.ops.aten.matmul torch.ops.aten.mm torch.ops.aten.bmm",
-    ("addmm", "consumer"): "torch.addmm Tensor.addmm torch.baddbmm Tensor.baddbmm torch.ops.aten.addmm",
-    ("conv", "consumer"): "F.conv1d F.conv2d F.conv3d F.conv_transpose1d F.conv_transpose2d F.conv_transpose3d "
-    "torch.conv1d torch.conv2d torch.conv3d torch.ops.aten.convolution",
-}
-RECOMPUTE: dict[Any, RecomputeCall] = {
-    function: RecomputeCall(name, kind)
-    for (name, kind), paths in _CALLS.items()
-    for path in paths.split()
-    for function in _callables(path)
-}
+GAIN = 0.25
+"""Bytes, for each byte of its input, that a norm must keep less if it is run again: more than a kernel's statistics."""
 
 
 def run(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
-    """Make such a call under a scope with `recompute=True`."""
+    """Make such a call under a scope with `recompute=True`, or in one inside it."""
     kwargs = kwargs or {}
+    if call.kind == "exposure":
+        if type(args[0]) is Tensor and not _policy.traced():
+            _recipes.expose(args[0])
+        return func(*args, **kwargs)
+    settings = entry.scope._settings
+    if (
+        not entry.recomputes
+        or entry.hooks is not None  # innermost hooks win: those that were there before ours keep what is kept
+        or (admitted := admits(args, kwargs, settings.min_bytes)) is None
+        or (settings.exclude and settings.exclude.here())
+    ):
+        return func(*args, **kwargs)
+    x, tensors = admitted
+    if call.kind == "norm":
+        return _norm(entry, call, func, args, kwargs)
+    if call.kind == "softmax":
+        return keeping(call.name, func, args, kwargs)
+    if call.kind == "cast":
+        y = func(*args, **kwargs)
+        if is_cast(x, y, args):
+            _note_cast(x, y, args, kwargs)
+        return y
+    y = consume(entry, call, func, args, kwargs, tensors)
+    if call.kind == "product" and isinstance(y, Tensor) and are_factors(tensors, kwargs):
+        _recipes.note(y, torch.mul, tensors)
+    return y
+
+
+def admits(
+    args: tuple[Any, ...], kwargs: dict[str, Any], min_bytes: int, hooks: object = None
+) -> tuple[Tensor, list[Tensor]] | None:
+    """The first plain tensor and all tensors of a call that is worth a second look; None of one that is not.
+
+    Args:
+        hooks: as `_policy.obstacle` takes them.
+    """
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     x = next((t for t in tensors if type(t) is Tensor), None)
     if (
         x is None
         or not torch.is_grad_enabled()
-        or entry.hooks is not None  # innermost hooks win: those that were there before ours keep what is kept
         or not all(type(t) in (Tensor, nn.Parameter) for t in tensors)
         or not any(t.requires_grad for t in tensors)
-        or x.numel() * x.element_size() < max(entry.scope._settings.min_bytes, 1)
-        or _policy.traced()
-        or _policy.obstacle(x, None)
-        or (entry.scope._settings.exclude and entry.scope._settings.exclude.here())
+        or _policy.traced()  # before the size is asked for: that would be traced, too
+        or x.numel() * x.element_size() < max(min_bytes, 1)
+        or _policy.obstacle(x, hooks)
     ):
-        return func(*args, **kwargs)
-    if call.kind == "norm":
-        return _norm(entry, call, func, args, kwargs)
-    if call.kind == "softmax":
-        return _keeping(call.name, func, args, kwargs)
-    if call.kind == "cast":
-        y = func(*args, **kwargs)
-        _note_cast(func, x, y, args, kwargs)
-        return y
-    y = _consume(entry, call, func, args, kwargs, tensors)
-    if call.kind == "product" and isinstance(y, Tensor) and len(tensors) == 2 and not kwargs:
-        a, b = tensors
-        if a.shape == b.shape:
-            _recipes.note(y, torch.mul, tensors)
-    return y
+        return None
+    return x, tensors
 
 
-# --- what makes a tensor ---
+def are_factors(tensors: Sequence[Tensor], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a product can be computed again: of two tensors of one shape."""
+    return len(tensors) == 2 and not kwargs and tensors[0].shape == tensors[1].shape
 
 
-def _norm(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """layer_norm(input, normalized_shape, weight, bias, eps) and its like."""
+def is_cast(x: Tensor, y: Any, args: tuple[Any, ...]) -> bool:
+    """Whether `y` is `x` in another dtype, and nothing else."""
+    plain = isinstance(y, Tensor) and y.dtype in _policy.DTYPES and y.device == x.device
+    return plain and bool(args) and args[0] is x
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A call of a norm.
+
+    Attributes:
+        forward: the call, of the input and the parameters.
+        parameters: the tensors beside the input.
+        gain: bytes, for each byte of the input, that it keeps less if it is run again.
+        extra: bytes that it saves beside the input, for each byte of it.
+        keeps_x: it saves the input, too.
+        anchors_x: and that itself, no copy of it.
+    """
+
+    forward: Callable[..., Tensor]
+    parameters: list[Tensor]
+    gain: float
+    extra: float
+    keeps_x: bool
+    anchors_x: bool
+
+    @property
+    def run_again(self) -> bool:
+        """It is run again in backward."""
+        return self.gain >= GAIN
+
+
+def look_at_norm(call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Norm | None:
+    """layer_norm(input, normalized_shape, weight, bias, eps) and its like; None where the input is not the first."""
     if not args or not isinstance(args[0], Tensor):
-        return func(*args, **kwargs)
+        return None
     x, given = args[0], (*args, *kwargs.values())
     where = [i for i, value in enumerate(given) if isinstance(value, Tensor)]
-    names = tuple(kwargs)
+    names, positional = tuple(kwargs), len(args)
+    given_without = [None if i in where else value for i, value in enumerate(given)]
 
-    def forward(*tensors: Tensor) -> Tensor:
+    def forward(*tensors: Tensor) -> Tensor:  # it is kept: it must refer to no tensor, and so not to `args`
         values = list(given_without)
         for i, t in zip(where, tensors, strict=True):
             values[i] = t
-        y: Tensor = func(*values[: len(args)], **dict(zip(names, values[len(args) :], strict=True)))
+        y: Tensor = func(*values[:positional], **dict(zip(names, values[positional:], strict=True)))
         return y
 
-    given_without = [None if i in where else value for i, value in enumerate(given)]  # it is kept: no tensor in it
     parameters = [given[i] for i in where[1:]]
     gain, extra, keeps_x = _facts(call.name, forward, x, parameters, given_without)
-    if gain >= ONE_NODE_GAIN:
-        return one_node(entry.scope._ledger, call.name, forward, x, parameters, extra, keeps_x)
+    # others than layer_norm keep a contiguous copy of what is not
+    itself = call.name == "layer_norm" or x.is_contiguous() or x.is_contiguous(memory_format=_LAST[x.dim()])
+    return Norm(forward, parameters, gain, extra, keeps_x, keeps_x and itself)
+
+
+def _norm(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    norm = look_at_norm(call, func, args, kwargs)
+    if norm is None:
+        return func(*args, **kwargs)
+    x: Tensor = args[0]
+    if norm.run_again:
+        run_it, ledger = functools.partial(func, *args, **kwargs), entry.scope._ledger
+        return again(ledger, call.name, run_it, norm.forward, x, norm.parameters, norm.extra, norm.keeps_x)
     y = func(*args, **kwargs)
-    if keeps_x:
+    if norm.anchors_x:
         _recipes.anchor(x)
-    _recipes.note(y, forward, [x, *parameters])
+    _recipes.note(y, norm.forward, [x, *norm.parameters])
     return y
 
 
-def _keeping(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Make a call whose output its node keeps. The node holds a tensor of its own, which only a hook can name."""
+_LAST = defaultdict(lambda: torch.contiguous_format, {4: torch.channels_last, 5: torch.channels_last_3d})
+
+
+def keeping(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make a call whose node keeps what serves to compute others again, its output too: that only a hook can name."""
 
     def pack(t: Tensor) -> Kept:
         kept = Kept(t, name)
@@ -147,18 +174,18 @@ def _keeping(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
         return func(*args, **kwargs)
 
 
-def one_node(
+def again(
     ledger: Ledger,
     name: str,
+    run_it: Callable[[], Any],
     forward: Callable[..., Tensor],
     x: Tensor,
     parameters: list[Tensor],
     extra: float,
     keeps_x: bool,
-) -> Tensor:
-    """Run a norm as one node that is run again in backward, and note what came of it."""
-    y = _one_node.run_again(name, ledger, forward, x, parameters, int(extra * x.nbytes), keeps_x)
-    _recipes.anchor(x)
+) -> Any:
+    """Run a norm that is run again in backward, and note what came of it."""
+    y = run_again(name, ledger, run_it, forward, [x, *parameters], int(extra * x.nbytes), keeps_x)
     _recipes.note(y, forward, [x, *parameters])
     return y
 
@@ -169,7 +196,7 @@ _known_facts: dict[Any, tuple[float, float, bool]] = {}
 def _facts(
     name: str, forward: Callable[..., Tensor], x: Tensor, parameters: Sequence[Tensor], others: list[Any]
 ) -> tuple[float, float, bool]:
-    """What a norm would keep less as one node, what it saves beside its input, and whether it saves that."""
+    """What a norm that is run again would keep less, what it saves beside its input, and whether it saves that."""
     shape = probe_shape(x, channels=name == "group_norm")
     trainable = x.requires_grad, *(p.requires_grad for p in parameters)
     dtypes = tuple(p.dtype for p in parameters)
@@ -197,26 +224,23 @@ def probe_shape(x: Tensor, *, channels: bool = False) -> tuple[int, ...]:
     return tuple(ones)
 
 
-def _note_cast(func: Any, x: Tensor, y: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if isinstance(y, Tensor) and y.dtype in _policy.DTYPES and y.device == x.device and args and args[0] is x:
-        _recipes.note(y, functools.partial(torch.Tensor.to, dtype=y.dtype), [x])
+def _note_cast(x: Tensor, y: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    formats = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.memory_format)]
+    memory_format = formats[0] if formats else torch.preserve_format
+    run = functools.partial(torch.Tensor.to, dtype=y.dtype, copy=True, memory_format=memory_format)
+    _recipes.note(y, run, [x])
 
 
-def anchor_attention(given: Mapping[str, Any], y: Any) -> None:
-    """An attention ran, which keeps its operands and its result."""
-    for t in (given.get("query"), given.get("key"), given.get("value"), y):
-        if type(t) is Tensor and t.requires_grad:
-            _recipes.anchor(t)
-
-
-def note_activation(run_it: functools.partial[Any], x: Tensor, y: Tensor) -> None:
-    """An activation ran as it is, as `run_it()`, and its node keeps its input."""
-    if y.untyped_storage()._cdata == x.untyped_storage()._cdata:
-        return  # in place: the node keeps a copy
-    _recipes.anchor(x)
+def note_activation(run_it: functools.partial[Any], x: Tensor, y: Tensor, site: tuple[Site, int] | None = None) -> None:
+    """An activation ran as `run_it()`; whether its node keeps its input is told by an anchor, or not."""
     rest = {key: value for key, value in run_it.keywords.items() if key not in ("input", "self")}
-    if not any(isinstance(value, Tensor) for value in (*run_it.args[1:], *rest.values())):
-        _recipes.note(y, _With(run_it.func, run_it.args[1:], rest), [x])
+    if takes_one_tensor(run_it.args, rest):
+        _recipes.note(y, _With(run_it.func, run_it.args[1:], rest), [x], site=site)
+
+
+def takes_one_tensor(args: tuple[Any, ...], rest: Mapping[str, Any]) -> bool:
+    """Whether an activation depends on its input alone."""
+    return not any(isinstance(value, Tensor) for value in (*args[1:], *rest.values()))
 
 
 def note_dropout(x: Tensor, y: Tensor, mask: Any, p: float) -> None:
@@ -236,127 +260,3 @@ class _With:
     def __call__(self, t: Tensor) -> Tensor:
         y: Tensor = self._func(t, *self._args, **self._kwargs)
         return y
-
-
-# --- what would save it ---
-
-
-def _consume(
-    entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
-) -> Any:
-    """Make a call whose operands are saved, by recipe where they have one."""
-    operands = tensors[-2:] if call.name == "addmm" else tensors[:2]
-    if len(operands) < 2:
-        return func(*args, **kwargs)
-    saved = [t for t, other in (operands, operands[::-1]) if other.requires_grad]
-    recipes = {
-        t.untyped_storage()._cdata: (t, recipe)
-        for t in saved
-        if (origin := _recipes.find(t)) is not None
-        and not _recipes.is_anchor(t)
-        and (recipe := origin.recipe()) is not None
-    }
-    ledger = entry.scope._ledger
-    site = entry.scope._sites.find(call.name, ledger.coming_step) if recipes else None
-    if not recipes or (site is not None and site.verdict is Verdict.LEAVE):
-        y = func(*args, **kwargs)
-        if not torch.is_autocast_enabled(operands[0].device.type):  # or a cast copy may be what is kept
-            for t in saved:
-                _recipes.anchor(t)
-        return y
-    hook = ConsumerHook(call.name, recipes, ledger)
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(hook, unpack):
-            y = func(*args, **kwargs)
-        if site is not None and hook.replaced:
-            ledger.watch(Watch(site, hook.replaced, y))
-        return y
-    finally:
-        hook.release()
-
-
-class Recomputed:
-    """A recipe in the place of a saved tensor."""
-
-    __slots__ = ("_cast", "_geometry", "_recipe", "_step")
-
-    def __init__(self, recipe: Recipe, geometry: Geometry, step: Step, cast: _Cast | None = None) -> None:
-        recipe.add_user()
-        self._recipe = recipe
-        self._geometry = geometry
-        self._cast = cast
-        self._step = step
-
-    def unpack(self) -> Tensor:
-        """The saved tensor, bit for bit."""
-        if torch._C._current_graph_task_id() != -1 and not self._step.backward_began:
-            self._step.begin_backward()
-        with torch._C.DisableTorchFunction(), torch.no_grad():
-            value = self._recipe.value()
-            if self._cast is not None:
-                value = self._cast(value)
-            return self._geometry.of(value)
-
-
-class _Cast:
-    """The copy that autocast makes of an operand."""
-
-    __slots__ = ("_dtype", "_geometry")
-
-    def __init__(self, operand: Geometry, dtype: torch.dtype) -> None:
-        self._geometry = operand
-        self._dtype = dtype
-
-    def __call__(self, value: Tensor) -> Tensor:
-        return self._geometry.of(value).to(self._dtype)
-
-
-VIEWS = frozenset(
-    f"{name}Backward0" for name in ("View", "UnsafeView", "ReshapeAlias", "T", "Transpose", "Permute", "Unsqueeze")
-)
-
-
-class ConsumerHook:
-    """The pack hook of a call whose operands have recipes.
-
-    Attributes:
-        replaced: the storages of the tensors in whose place a recipe was put.
-    """
-
-    def __init__(self, name: str, recipes: Mapping[int, tuple[Tensor, Recipe]], ledger: Ledger) -> None:
-        self._name = name
-        self._recipes = recipes
-        self._ledger = ledger
-        self.replaced: list[StorageWeakRef] = []
-
-    def __call__(self, t: Tensor) -> Recomputed | Kept:
-        _, recipe = self._recipes.get(t.untyped_storage()._cdata, (None, None))
-        cast = None
-        if recipe is None:
-            recipe, cast = self._cast_of(t)
-        elif t.dtype != recipe.dtype:
-            recipe = None
-        if recipe is None:
-            kept = Kept(t, self._name)
-            if t.grad_fn is not None:
-                _recipes.anchor(t, kept)
-            return kept
-        row = self._ledger.row(self._name, 0, how=RECOMPUTED)
-        self._ledger.original(row, t)
-        self.replaced.append(StorageWeakRef(t.untyped_storage()))
-        return Recomputed(recipe, Geometry(t), self._ledger.step, cast)
-
-    def _cast_of(self, t: Tensor) -> tuple[Recipe | None, _Cast | None]:
-        """What `t` is autocast's copy of."""
-        node = t.grad_fn
-        while node is not None and node.name() in VIEWS:
-            node = node.next_functions[0][0]
-        if node is not None and node.name() == "ToCopyBackward0":
-            for operand, recipe in self._recipes.values():
-                if node.next_functions[0] == (operand.grad_fn, operand.output_nr):
-                    return recipe, _Cast(Geometry(operand), t.dtype)
-        return None, None
-
-    def release(self) -> None:
-        """The call is over; the hook itself lives as long as the node."""
-        del self._recipes, self._ledger, self.replaced

@@ -5,6 +5,9 @@ keeps. Together they know both. For a profile, and only for one, the hooks are o
 hands autograd a `Kept` in place of the tensor, of which the recorder holds a weak reference: what is dropped of the
 graph before the forward ends was not kept, and is not counted.
 
+Beside what is kept, the recorder writes down what a scope would see in each call (`_seen.py`). Modules that a scope
+treats as a whole hand it their forward (`run_composite`), so that what their primitives keep is known as theirs.
+
 Custom autograd Functions are no torch calls; the Python frame of their `apply` names them. What they keep as
 attributes of `ctx`, and not by `save_for_backward`, passes no hook.
 """
@@ -24,80 +27,19 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from . import _composites, _policy, ops
-from ._calls import BACKWARD, RECOGNISED, Call
+from . import _composites, _consumers, _policy, _stack
+from ._calls import BACKWARD, RECOGNISED
+from ._composites import Composite
 from ._hooks import Kept, unpack
 from ._mask_calls import MaskCall
-from ._modules import ModuleRef, innermost_module, outermost_module
+from ._modules import innermost_module, outermost_module
+from ._recompute_calls import RECOMPUTE
+from ._recording import IN, MADE, OUT, Operation, Saved
+from ._seen import Seen
 
 _APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 UNSEEN = "(no torch call)"
 """What is saved neither by a torch call nor by a custom Function: scripted functions, C++ extensions."""
-
-IN, OUT, MADE = "input", "output", "made by the call"
-
-
-@dataclass(eq=False, slots=True)
-class Operation:
-    """One call that keeps something for backward.
-
-    Attributes:
-        name: of the torch call, the activation or the custom Function.
-        module, model: the innermost and the outermost module it was made in.
-        call: what the scope recognises it as; None otherwise.
-        reason: why a scope would keep a recognised call exact; empty where it would not.
-        x_bytes, x_shape: of a recognised call's input.
-        input: of a composite, the storage of its input.
-        output: the storage of its output.
-        beside_output: bits an element that the derivative takes beside it; None where it cannot be had from it.
-        custom: it is a custom autograd Function.
-        composite: it is a whole module, written in primitives, that a scope runs as one node.
-    """
-
-    name: str
-    module: ModuleRef | None
-    model: ModuleRef | None
-    call: Call | None = None
-    reason: str = ""
-    x_bytes: int = 0
-    x_shape: torch.Size | None = None
-    input: int = 0
-    output: int = 0
-    beside_output: int | None = None
-    custom: bool = False
-    composite: bool = False
-
-
-@dataclass(eq=False, slots=True)
-class Saved:
-    """One tensor that an operation keeps.
-
-    Attributes:
-        storage, nbytes: the storage that it is in, all of it.
-        role: what it is to the operation: its input, its output, or made by the call.
-        leaf: it is not the result of an operation that autograd records.
-        mask: it has two values, one of them 0, so that a bit an element is exact.
-    """
-
-    operation: Operation
-    held: weakref.ref[Kept]
-    storage: int
-    nbytes: int
-    dtype: torch.dtype
-    shape: torch.Size
-    leaf: bool
-    role: str = MADE
-    mask: bool = False
-
-    @property
-    def numel(self) -> int:
-        """Elements of the tensor."""
-        return self.shape.numel()
-
-    @property
-    def tensor_bytes(self) -> int:
-        """Bytes of the tensor, which may be a part of its storage."""
-        return self.numel * self.dtype.itemsize
 
 
 @dataclass(slots=True)
@@ -105,11 +47,16 @@ class _Current:
     """The torch call that is running; it becomes an operation when it saves something."""
 
     function: Any
-    call: Call | None
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     operation: Operation | None = None
     first: int = 0
+
+    @property
+    def name(self) -> str:
+        """Of the activation, or else torch's own."""
+        call = RECOGNISED.get(self.function)
+        return _name(self.function) if call is None or isinstance(call, MaskCall) else call.name
 
 
 class Recorder(TorchFunctionMode):
@@ -117,6 +64,7 @@ class Recorder(TorchFunctionMode):
 
     Attributes:
         saved: what is kept at the end, in the order of saving.
+        operations: the calls, in their order; those of primitives are parts of their module's.
         own: the storages of parameters and buffers.
         opaque: custom autograd Functions in the graph: name -> nodes.
         others: calls that ran inside other people's saved-tensor hooks: whose -> calls.
@@ -126,6 +74,7 @@ class Recorder(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.saved: list[Saved] = []
+        self.operations: list[Operation] = []
         self.own: set[int] = set()
         self.opaque: Counter[str] = Counter()
         self.others: Counter[str] = Counter()
@@ -133,14 +82,16 @@ class Recorder(TorchFunctionMode):
         self.frozen = False
         self._weak: dict[int, StorageWeakRef] = {}  # keeps the address of a storage that is gone from being used again
         self._current: _Current | None = None
-        self._composite: tuple[nn.Module, Operation] | None = None  # that is running
+        self._within: Operation | None = None
         self._pack_hook = self._pack  # one bound method, to be recognised as the innermost hook
+        self._seen = Seen(self._key, self._pack_hook)
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack_hook, unpack)
 
     def __enter__(self) -> Recorder:
         _composites.find_built_in()
+        self._stacked = _stack.recording(self)
+        self._stacked.__enter__()
         self._modules = nn.modules.module.register_module_forward_pre_hook(self._note_module)
-        self._after = nn.modules.module.register_module_forward_hook(self._end_composite)
         self._hooks.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -151,7 +102,7 @@ class Recorder(TorchFunctionMode):
         super().__exit__(kind, value, traceback)  # type: ignore[no-untyped-call]
         self._hooks.__exit__(kind, value, traceback)
         self._modules.remove()
-        self._after.remove()
+        self._stacked.__exit__(kind, value, traceback)
 
     def freeze(self, roots: Iterable[Tensor]) -> None:
         """The forward is over: strike off what is no longer kept, and look at the nodes of the graph."""
@@ -175,23 +126,44 @@ class Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        call = RECOGNISED.get(func)
-        if isinstance(call, MaskCall):
-            call = None  # its masks are known by what they are
-        if call is BACKWARD:
+        if RECOGNISED.get(func) is BACKWARD:
             self.freeze(tensors_in(args[:1] or tuple(kwargs.values())[:1]))
         if self.frozen or not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        outer, self._current = self._current, _Current(func, call, args, kwargs, first=len(self.saved))
+        outer, self._current = self._current, _Current(func, args, kwargs, first=len(self.saved))
         try:
             result = func(*args, **kwargs)
-            if self._current.operation is not None:
+            if self._current.operation is None and not _is_attribute(func):
+                innermost = _policy.innermost_hooks()
+                if innermost is not self._pack_hook:
+                    self.others[getattr(innermost, "__module__", "")] += 1
+            with torch._C.DisableTorchFunction():
                 self._finish(self._current, result)
-            elif (innermost := _policy.innermost_hooks()) is not self._pack_hook and not _is_attribute(func):
-                self.others[getattr(innermost, "__module__", "")] += 1
             return result
         finally:
             self._current = outer
+
+    def run_composite(
+        self, composite: Composite, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run the forward of a module that a scope would run as one node."""
+        operation = None
+        if self._within is None and not self.frozen:
+            with torch._C.DisableTorchFunction():
+                what = self._seen.composite(composite, module, args, kwargs)
+                operation = self._new(composite.name, **what) if what else None
+        if operation is None:
+            return composite.forward(module, *args, **kwargs)
+        self._within = operation
+        try:
+            y = composite.forward(module, *args, **kwargs)
+        finally:
+            self._within = None
+        self.operations.append(operation)
+        if isinstance(y, Tensor):
+            with torch._C.DisableTorchFunction():
+                operation.y = self._seen.ref(y)
+        return y
 
     def _pack(self, t: Tensor) -> Kept:
         with torch._C.DisableTorchFunction():
@@ -203,59 +175,61 @@ class Recorder(TorchFunctionMode):
                 if key := self._key(t):
                     nbytes = t.untyped_storage().nbytes()
                     self.saved.append(Saved(operation, weakref.ref(held), key, nbytes, t.dtype, t.shape, leaf))
+                    self.saved[-1].copy_of = self._copied(t)
                 else:
                     self.uncounted[str(t.layout).removeprefix("torch.")] += 1
         return held
 
     def _operation(self, frame: FrameType | None) -> Operation:
-        if self._composite is not None:
-            return self._composite[1]
-        current = self._current
-        if current is not None and current.operation is not None:
-            return current.operation
-        custom = current is None and frame is not None and frame.f_code is _APPLY
-        if current is not None:
-            name = current.call.name if current.call is not None else _name(current.function)
-        else:
-            name = frame.f_locals["cls"].__name__ if custom and frame is not None else UNSEEN
+        """That of the running call, or of the custom Function that saves a tensor."""
+        if self._current is not None:
+            if self._current.operation is None:
+                self._current.operation = self._new(self._current.name)
+            return self._current.operation
+        custom = frame is not None and frame.f_code is _APPLY
+        name = frame.f_locals["cls"].__name__ if custom and frame is not None else UNSEEN
+        operation = self._new(name, custom=custom)
+        self._append(operation)
+        return operation
+
+    def _new(self, name: str, **what: Any) -> Operation:
         module, model = innermost_module(), outermost_module()
-        operation = Operation(
+        return Operation(
             name,
             weakref.ref(module) if module is not None else None,
             weakref.ref(model) if model is not None else None,
-            custom=custom,
+            within=self._within,
+            **what,
         )
-        if current is not None:
-            current.operation = operation
-        return operation
+
+    def _append(self, operation: Operation) -> None:
+        (self.operations if self._within is None else self._within.parts).append(operation)
 
     def _finish(self, current: _Current, result: Any) -> None:
-        """The call is over: what were the tensors to it, and would a scope take it?"""
-        operation, call = current.operation, current.call
-        assert operation is not None
-        inputs = {self._key(t) for t in tensors_in((current.args, current.kwargs))}
-        outputs = [self._key(t) for t in tensors_in(result)]
-        operation.output = outputs[0] if outputs else 0
-        for saved in self.saved[current.first :]:
-            saved.role = OUT if saved.storage in outputs else IN if saved.storage in inputs else MADE
-            held = saved.held()
-            if saved.role == MADE and held is not None:
-                saved.mask = _is_mask(held.tensor, operation.name)
-        if call is None or not isinstance(x := call.input(current.args, current.kwargs), Tensor):
+        """The call is over: what were the tensors to it, and what would a scope see in it?"""
+        if current.operation is not None:
+            inputs = {self._key(t) for t in tensors_in((current.args, current.kwargs))}
+            outputs = {self._key(t) for t in tensors_in(result)}
+            for saved in self.saved[current.first :]:
+                saved.role = OUT if saved.storage in outputs else IN if saved.storage in inputs else MADE
+        y = result if isinstance(result, Tensor) else None
+        what = self._seen.call(current.function, current.args, current.kwargs, y, self.saved[current.first :])
+        if current.operation is None and not what:
             return
-        self._recognise(operation, call, current.function, current.args, current.kwargs, x)
+        operation = self._operation(None)
+        for key, value in what.items():
+            setattr(operation, key, value)
+        if what and y is not None:
+            operation.y = self._seen.ref(y)
+        self._append(operation)
 
-    def _recognise(
-        self, operation: Operation, call: Call, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
-    ) -> None:
-        operation.call, operation.x_bytes, operation.x_shape = call, x.numel() * x.element_size(), x.shape
-        operation.reason = _policy.obstacle(x, self._pack_hook)
-        if not operation.reason:
-            try:
-                inverse = _policy.make_plan(_policy.Settings(), call, function, args, kwargs, x).inverse(x)
-                operation.beside_output = None if inverse is None else inverse.bits
-            except _policy.Keep as keep:
-                operation.reason = str(keep)
+    def _copied(self, t: Tensor) -> int:
+        """The storage of the operand that a consumer's saved tensor is autocast's copy of."""
+        current = self._current
+        if current is None or current.function not in RECOMPUTE or t.grad_fn is None:
+            return 0
+        operands = (o for o in (*current.args, *current.kwargs.values()) if isinstance(o, Tensor))
+        return next((self._key(o) for o in operands if _consumers.is_autocast_of(t, o)), 0)
 
     def _key(self, t: Tensor) -> int:
         """The address of the storage, its name as long as the recorder lives; 0 where there is none."""
@@ -266,42 +240,9 @@ class Recorder(TorchFunctionMode):
             self._weak[storage._cdata] = StorageWeakRef(storage)
         return int(storage._cdata)
 
-    def _note_module(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _note_module(self, module: nn.Module, _: Any) -> None:
         self.note_own(module.parameters(recurse=False))
         self.note_own(module.buffers(recurse=False))
-        if self._composite is not None or self.frozen or not args or not torch.is_grad_enabled():
-            return
-        composite = _composites.acts_as(module, x := args[0])
-        if composite is None or composite.call is None or composite.call.activation is None:
-            return
-        operation = Operation(composite.name, weakref.ref(module), weakref.ref(outermost_module() or module))
-        operation.composite = True
-        with torch._C.DisableTorchFunction():
-            operation.input = self._key(x)
-            function = composite.call.activation.function
-            self._recognise(operation, composite.call, function, (x,), dict(composite.parameters), x)
-        self._composite = module, operation
-
-    def _end_composite(self, module: nn.Module, _: Any, output: Any) -> None:
-        if self._composite is None or self._composite[0] is not module:
-            return
-        _, operation = self._composite
-        self._composite = None
-        with torch._C.DisableTorchFunction():
-            operation.output = next((self._key(t) for t in tensors_in(output)), 0)
-        for saved in self.saved:
-            if saved.operation is operation and saved.storage == operation.input:
-                saved.role = IN
-
-
-ATTENTION = ("scaled_dot_product_attention", "multi_head_attention_forward")
-
-
-def _is_mask(t: Tensor, operation: str) -> bool:
-    if t.dtype is torch.bool:
-        return True
-    draws_a_mask = "dropout" in operation or operation in ATTENTION
-    return draws_a_mask and t.dtype in _policy.DTYPES and t.numel() > 0 and ops.second_value(t) is not None
 
 
 def _is_attribute(function: Any) -> bool:

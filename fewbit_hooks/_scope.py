@@ -5,7 +5,10 @@ of that thread. Calls that are not in the registry (`_calls.py`) run as they are
 recognised call, the policy (`_policy.py`) having nothing against it, two saved-tensor hooks are put (`_hooks.py`):
 the pack hook replaces what the node saves by packed codes (`ops/`), the unpack hook hands it stand-ins
 (`_standins.py`), for which the node's own backward gives the derivative that the codebook (`_codebook.py`) has for
-each code. What dropout and its like save, a mask, is packed to one bit an element as it is (`_masks.py`). The ledger
+each code. What is done with one call is decided in `_treatment.py`, of what is known of its place (`_sites.py`). What
+dropout and its like save, a mask, is packed to one bit an element as it is (`_masks.py`); modules that are written in
+primitives are treated as a whole (`_composites.py`); under `recompute=True` what is cheap is computed again
+(`_recompute.py`, `_recipes.py`); and a function that is compiled has codes in its graph (`_compiled.py`). The ledger
 (`_ledger.py`) keeps the books.
 """
 
@@ -29,7 +32,7 @@ from ._errors import FewbitError, FewbitTypeError, FewbitWarning
 from ._ledger import Ledger
 from ._mask_calls import MaskCall
 from ._policy import Bits, Exclude
-from ._recompute import RECOMPUTE
+from ._recompute_calls import RECOMPUTE
 from ._report import Report
 from ._sites import Sites
 
@@ -206,7 +209,7 @@ class scope:
             return  # what compiled graphs keep is not counted
         reasons = sorted({f"{row.reason} ({row.activation})" for row in rows})
         why = "; ".join(reasons) or (
-            "no recognised activation was called with an input that requires grad. Calls inside compiled or scripted "
+            "no recognised activation was called with an input that requires grad. Calls inside scripted "
             "functions are not seen; `python -m fewbit_hooks doctor` lists the recognised ones"
         )
         warnings.warn(f"fewbit_hooks.scope compressed nothing: {why}.", FewbitWarning, stacklevel=3)
@@ -233,7 +236,7 @@ class _Mode(TorchFunctionMode):
         call = RECOGNISED.get(func)
         if call is None:
             entry = self.entry
-            if entry is not None and entry.recomputes and not torch.compiler.is_compiling():
+            if entry is not None and (entry.recomputes or entry.inside) and not torch.compiler.is_compiling():
                 again = RECOMPUTE.get(func)
                 if again is not None:
                     return _recompute.run(entry, again, func, args, kwargs)

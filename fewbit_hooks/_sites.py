@@ -62,14 +62,20 @@ class Site:
         verdict: what is to be done there.
         output_changes: its output was seen to be changed in place, so that it is never relied upon.
         output_stays: its output was seen to be kept although all that is known to keep it can compute it again.
+
+    Something made of the output may be what is kept, the output with dropout say. Whether it could be computed again,
+    if only the input were kept, is told by those that would keep it (`asked_for`), and tried once (`serves`).
     """
 
     __slots__ = (
         "_agreed",
+        "_asked",
         "_code",
         "_found",
+        "_served",
         "_step",
         "_training",
+        "_tried",
         "model",
         "module",
         "output_changes",
@@ -89,7 +95,8 @@ class Site:
         """Unknown again."""
         self.verdict = self._found = Verdict.UNKNOWN
         self._agreed = self._step = 0
-        self.output_stays = False
+        self.output_stays = self._tried = False
+        self._asked = self._served = -2  # the last steps in which it was
 
     def is_stale(self, module: nn.Module, step: int) -> bool:
         """Whether what is known was seen in another mode of the module, or long ago."""
@@ -97,6 +104,22 @@ class Site:
             self._training = module.training
             return True
         return self._agreed > 0 and step - self._step > LOOK_AGAIN
+
+    def asked_for(self, step: int, *, given: bool) -> None:
+        """Somebody would compute again what was made of the output; he was, or was not, given the input."""
+        if given:
+            self._served = step
+        else:
+            self._asked = step
+
+    def serves(self, step: int) -> bool:
+        """Whether the input is to be kept for those who asked."""
+        if self._served >= step - 1:
+            return True
+        if self._tried or self._asked < step - 1:
+            return False
+        self._tried = True
+        return True
 
     @property
     def expected(self) -> Verdict:
@@ -113,6 +136,29 @@ class Site:
             self._found = found
         self._step = step
         self.verdict = self._found if self._agreed >= AGREE else Verdict.UNKNOWN
+
+    def see(self, input_kept: bool, output_kept: bool, treated: Verdict, step: int) -> None:
+        """The forward is over: whether what a call's node would have kept, and its output, are kept by somebody else.
+
+        Args:
+            treated: as what the call was treated; see `Watch`.
+        """
+        if treated is Verdict.OUTPUT:
+            return  # what the packed object holds tells nothing of what others do
+        if treated is Verdict.INPUT:
+            self.output_stays |= output_kept
+        elif input_kept:
+            self.learn(Verdict.LEAVE, step)
+        else:
+            self.learn(Verdict.OUTPUT if output_kept and not self.output_changes else Verdict.CODES, step)
+
+    def treatment(self, recompute: bool, step: int) -> Verdict:
+        """The verdict; INPUT where those that keep the output, or something made of it, can compute it again."""
+        if recompute and self.verdict is Verdict.OUTPUT and not self.output_stays:
+            return Verdict.INPUT
+        if recompute and self.verdict is Verdict.CODES and self.serves(step):
+            return Verdict.INPUT
+        return self.verdict
 
 
 class Watch:
@@ -148,18 +194,8 @@ class Watch:
                 self.site.output_changes = True
                 self.site.forget()
             self.held = None  # or our own reference would be what keeps it
-        if self.treated is Verdict.OUTPUT:
-            return  # what the packed object holds tells nothing of what others do
-        if self.treated is Verdict.INPUT:
-            self.site.output_stays |= not self.output.expired()
-            return
-        if all(not storage.expired() for storage in self.saved):
-            found = Verdict.LEAVE
-        elif not self.output.expired() and not self.site.output_changes:
-            found = Verdict.OUTPUT
-        else:
-            found = Verdict.CODES
-        self.site.learn(found, step)
+        input_kept = all(not storage.expired() for storage in self.saved)
+        self.site.see(input_kept, not self.output.expired(), self.treated, step)
 
 
 @dataclass

@@ -15,17 +15,21 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ._compiled import coding
+from ._compiled import Coding, coding
 from ._policy import innermost_hooks
 
 if TYPE_CHECKING:
     from ._scope import scope
+
+
+# older versions of torch may not tell
+_modes_are_off: Callable[[], bool] = getattr(torch._C, "_is_torch_function_all_disabled", lambda: False)
 
 
 class Entry:
@@ -35,18 +39,20 @@ class Entry:
         hooks: the innermost saved-tensor pack hook when the scope was entered: others that come later go before ours.
         coding: what is coded in compiled graphs; None where nothing is.
         recomputes: the scope has `recompute=True`, and measures not only.
+        inside: it does not, but a scope around it does.
         inert: FEWBIT_DISABLE was set.
         enabled: it was `enable()` that entered.
         pushed: this entry put the mode on the thread's stack of modes.
     """
 
-    __slots__ = ("coding", "enabled", "hooks", "inert", "pushed", "recomputes", "scope")
+    __slots__ = ("coding", "enabled", "hooks", "inert", "inside", "pushed", "recomputes", "scope")
 
     def __init__(self, scope: scope, *, inert: bool, enabled: bool) -> None:
         self.scope = scope
         self.hooks = None if inert else innermost_hooks()
         self.coding = coding(scope._settings)
         self.recomputes = scope._settings.recompute and scope._settings.bits is not None
+        self.inside = not self.recomputes and any(e.recomputes for e in _thread.entries)
         self.inert = inert
         self.enabled = enabled
         self.pushed = False
@@ -56,6 +62,9 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.mode: Any = None
+        self.acting: Any = None
+        self.recorder: Any = None
+        self.below = 0  # entries that were there before the recorder
 
 
 _thread = _Thread()
@@ -71,22 +80,50 @@ def active() -> Entry | None:
     return next((e for e in reversed(_thread.entries) if not e.inert), None)
 
 
-def acting() -> Entry | None:
-    """The same at the cost of a look: for what is asked at every call."""
-    mode = _thread.mode
-    return mode.entry if mode is not None else None
+def acting() -> Any:
+    """The same at the cost of a look, for what is asked at every call; or a profile's recorder, if there is no entry
+    above it. None where torch's modes are off, too."""
+    found = _thread.acting
+    return None if found is None or _modes_are_off() else found
 
 
 @contextlib.contextmanager
 def hidden() -> Iterator[None]:
     """Recognise nothing on this thread: for the primitives of what was recognised as a whole."""
-    if _thread.mode is not None:
-        _thread.mode.entry = None
+    _act(None)
     try:
         yield
     finally:
-        if _thread.mode is not None:
-            _thread.mode.entry = active()
+        _act(active())
+
+
+@contextlib.contextmanager
+def recording(recorder: Any) -> Iterator[None]:
+    """Hand what is run as one node on this thread to the recorder of a profile, unless a scope is entered later."""
+    outer = _thread.recorder, _thread.below
+    _thread.recorder, _thread.below = recorder, len(_thread.entries)
+    _act(active())
+    try:
+        yield
+    finally:
+        _thread.recorder, _thread.below = outer
+        _act(active())
+
+
+def _act(entry: Entry | None) -> None:
+    if _thread.mode is not None:
+        _thread.mode.entry = entry
+    recorded = _thread.recorder is not None and len(_thread.entries) <= _thread.below
+    _thread.acting = _thread.recorder if recorded else entry
+
+
+def coding_here() -> Coding | None:
+    """What is coded in a graph that is compiled on this thread. Dynamo reads it: it must be plain."""
+    mode = _thread.mode
+    if mode is None or mode.entry is None:
+        return None
+    found: Coding | None = mode.entry.coding
+    return found
 
 
 def push(entry: Entry, mode_class: type[TorchFunctionMode]) -> None:
@@ -100,7 +137,7 @@ def push(entry: Entry, mode_class: type[TorchFunctionMode]) -> None:
         entry.pushed = True
     elif not entry.inert and not any(e.pushed for e in _thread.entries):
         entry.pushed = True  # the mode is left over from an entry removed while torch had taken it off
-    _thread.mode.entry = active()
+    _act(active())
 
 
 def remove(entry: Entry) -> None:
@@ -113,7 +150,7 @@ def remove(entry: Entry) -> None:
             later[0].pushed = True  # it relies on the mode that this entry put there
         else:
             _take_off(_thread.mode)
-    _thread.mode.entry = active()
+    _act(active())
 
 
 def _on_stack(mode: TorchFunctionMode) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from . import _hooks, _one_node, _policy, _recipes, _recompute
+from ._again import run_again
 from ._calls import Call
 from ._inverse import Itself
 from ._ledger import HELD, Ledger
@@ -76,17 +77,21 @@ def leave(
         ledger = entry.scope._ledger
         saves_output = call.activation is not None and call.activation.saves == "output"
         ledger.original(ledger.row(call.name, None, reason, site=site), y if saves_output else x)
-        if entry.recomputes and call.activation is not None and call.activation.saves == "input":
-            _recompute.note_activation(run_it, x, y)
+        in_place = y.untyped_storage()._cdata == x.untyped_storage()._cdata  # then its node keeps a copy
+        if entry.recomputes and call.activation is not None and call.activation.saves == "input" and not in_place:
+            _recipes.anchor(x)
+            _recompute.note_activation(run_it, x, y, (site, ledger.coming_step) if site is not None else None)
     return y
 
 
-def again(entry: Entry, name: str, forward: Callable[..., Tensor], x: Tensor, never_kept: int) -> Tensor:
-    """Run an activation as one node that keeps its input and is run again in backward: exact."""
-    y = _one_node.run_again(name, entry.scope._ledger, forward, x, [], never_kept)
+def again(
+    entry: Entry, name: str, forward: Callable[..., Tensor], x: Tensor, never_kept: int, site: Site | None = None
+) -> Tensor:
+    """Run an activation that is written in primitives so that it keeps its input and is run again: exact."""
+    ledger = entry.scope._ledger
+    y: Tensor = run_again(name, ledger, lambda: forward(x), forward, [x], never_kept)
     if entry.recomputes:
-        _recipes.anchor(x)
-        _recipes.note(y, forward, [x])
+        _recipes.note(y, forward, [x], site=(site, ledger.coming_step) if site is not None else None)
     return y
 
 
@@ -102,12 +107,15 @@ def as_one_node(
     ledger, name = entry.scope._ledger, plan.activation.name
     site, verdict = _site(entry, name)
     if verdict in (Verdict.LEAVE, Verdict.INPUT):
-        y = again(entry, name, forward, x, never_kept)
+        y = again(entry, name, forward, x, never_kept, site)
         _watch_input(ledger, site, verdict, y)
         return y
     inverse = plan.inverse(x) if verdict is Verdict.OUTPUT else None
     assert not isinstance(inverse, Itself)  # that is for activations of two values
-    return _one_node.run_coded(plan, ledger, x, run_it, never_kept, site, inverse)
+    y = _one_node.run_coded(plan, ledger, x, run_it, never_kept, site, inverse)
+    if entry.recomputes and site is not None:
+        _recipes.note(y, forward, [x], site=(site, ledger.coming_step))
+    return y
 
 
 def _as_it_is(entry: Entry, call: Call, plan: Plan, x: Tensor, run_it: functools.partial[Any]) -> Any:
@@ -115,13 +123,16 @@ def _as_it_is(entry: Entry, call: Call, plan: Plan, x: Tensor, run_it: functools
     ledger = entry.scope._ledger
     site, verdict = _site(entry, call.name)
     if verdict is Verdict.INPUT and plan.codebook is None:
-        verdict = Verdict.OUTPUT  # a bit is less than the input, and none is less than that
+        verdict = site.verdict if site is not None else verdict  # a bit is less than the input, none less than that
     if verdict in (Verdict.LEAVE, Verdict.INPUT):
         y = leave(entry, call, HELD if verdict is Verdict.LEAVE else SOURCE, x, run_it, site)
         _watch_input(ledger, site, verdict, y)
         return y
     inverse = plan.inverse(x) if verdict is Verdict.OUTPUT else None
-    return _hooks.run_coded(plan, ledger, x, run_it, site, inverse)
+    y = _hooks.run_coded(plan, ledger, x, run_it, site, inverse)
+    if entry.recomputes and not plan.inplace and plan.codebook is not None and isinstance(y, Tensor):
+        _recompute.note_activation(run_it, x, y, site=(site, ledger.coming_step) if site is not None else None)
+    return y
 
 
 def _site(entry: Entry, name: str) -> tuple[Site | None, Verdict]:
@@ -130,12 +141,11 @@ def _site(entry: Entry, name: str) -> tuple[Site | None, Verdict]:
         # Under hooks of others nothing is learned: a checkpoint must see the same saved tensors when it runs again.
         return None, Verdict.UNKNOWN
     scope = entry.scope
-    site = scope._sites.find(name, scope._ledger.coming_step)
+    step = scope._ledger.coming_step
+    site = scope._sites.find(name, step)
     if site is None:
         return None, Verdict.UNKNOWN
-    if site.verdict is Verdict.OUTPUT and scope._settings.recompute and not site.output_stays:
-        return site, Verdict.INPUT
-    return site, site.verdict
+    return site, site.treatment(entry.recomputes, step)
 
 
 def _watch_input(ledger: Ledger, site: Site | None, verdict: Verdict, y: Any) -> None:

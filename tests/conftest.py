@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fewbit_hooks as fewbit
-from fewbit_hooks import _stack
+from fewbit_hooks import _again, _compiled, _stack
 from held import held_for_backward as held_for_backward
 
 # Thousands of small calls: on a busy machine a second thread makes them three times slower. test_ops.py uses all.
@@ -20,6 +20,7 @@ torch.set_num_threads(1)
 def nothing_is_left_open() -> Iterator[None]:
     """No test leaves a scope, a mode or a hook behind."""
     torch.manual_seed(0)
+    _compiled.traced = False  # as in a process in which nothing was compiled
     modes = torch._C._len_torch_function_stack()
     yield
     assert fewbit.active() is None
@@ -32,3 +33,17 @@ def nothing_is_left_open() -> Iterator[None]:
 def mlp() -> nn.Sequential:
     """GELU, the input of which nobody else keeps."""
     return nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 8))
+
+
+def treatment(y: Tensor) -> str:
+    """What a scope made of the module that returned `y`: "codes" of one node, run "again", or "stock"."""
+    if y.grad_fn.name() == "_CodedBackward":
+        return "codes"
+    nodes = [y.grad_fn]
+    for _ in range(4):
+        for node in nodes:
+            raw = [getattr(node, name) for name in dir(node) if name.startswith("_raw_saved_")]
+            if any(isinstance(saved.data, _again.Numbered) for saved in raw):
+                return "again"
+        nodes = [following for node in nodes for following, _ in node.next_functions if following is not None]
+    return "stock"

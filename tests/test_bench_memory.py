@@ -13,7 +13,7 @@ from torch import nn
 
 import bench_memory
 import fewbit_hooks as fewbit
-from docs import make
+import page_memory
 from held import held_for_backward
 
 Table = list[dict[str, Any]]
@@ -134,9 +134,9 @@ def test_the_walk_counts_what_hooks_keep_and_what_a_function_keeps_as_an_attribu
 
 
 def test_the_page_says_what_the_csv_says() -> None:
-    page = make.memory_page()
-    assert (make.DOCS / "memory.md").read_text(encoding="utf-8") == page
-    with make.MEMORY.open(newline="", encoding="utf-8") as file:
+    page = page_memory.memory_page()
+    assert (page_memory.DOCS / "memory.md").read_text(encoding="utf-8") == page
+    with page_memory.CSV.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert set(rows[0]) == set(bench_memory.COLUMNS)
     assert {row["model"] for row in rows} == set(bench_memory.MODELS)
@@ -144,7 +144,7 @@ def test_the_page_says_what_the_csv_says() -> None:
 
 
 def test_the_faqs_table_is_of_the_same_csv() -> None:
-    assert (make.DOCS / "faq.md").read_text(encoding="utf-8") == make.faq_page()
+    assert (page_memory.DOCS / "faq.md").read_text(encoding="utf-8") == page_memory.faq_page()
 
 
 def test_the_page_can_be_made_of_a_quick_run(table: Table, tmp_path: Path) -> None:
@@ -153,6 +153,6 @@ def test_the_page_can_be_made_of_a_quick_run(table: Table, tmp_path: Path) -> No
         writer = csv.DictWriter(file, bench_memory.COLUMNS)
         writer.writeheader()
         writer.writerows(table)
-    page = make.memory_page(path)
+    page = page_memory.memory_page(path)
     assert "| vit-base, 1 layers | float32 | 4 | 0 |" in page
     assert "little gain here: exact" in page

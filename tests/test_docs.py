@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import page_speed
 from docs import make
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -41,3 +42,14 @@ def test_the_quickstarts_first_example_prints_what_it_says() -> None:
     lines: list[str] = []
     exec(code, {"print": lambda report: lines.append(str(report))})
     assert lines == [printed.rstrip("\n")]
+
+
+def test_the_page_of_speed_is_the_csvs() -> None:
+    assert (DOCS / "speed.md").read_text(encoding="utf-8") == page_speed.speed_page()
+
+
+def test_the_tests_that_the_page_of_compatibility_names_exist() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (DOCS / "compatibility.md").read_text(encoding="utf-8")))
+    found = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    assert len(named) > 30
+    assert {name for name in named if f"def {name}(" not in found} == set()

@@ -1,0 +1,119 @@
+"""docs/speed.md and its picture: memory against time, from the CSV that `benchmarks/bench_step.py` writes."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+CSV = DOCS.parent / "benchmarks" / "results" / "step-cpu.csv"
+PICTURE = DOCS / "images" / "memory-against-time.png"
+
+HEAD = """\
+# Memory against time
+
+This page is written by `docs/make.py` from [step-cpu.csv](../benchmarks/results/step-cpu.csv), which
+
+```sh
+pip install -c constraints.txt -e ".[bench]"
+python benchmarks/bench_step.py --csv benchmarks/results/step-cpu.csv
+```
+
+made: {machine}; {versions}; {date}. Not yet measured on a GPU.
+
+A step is forward and backward, in float32 and training mode; the ways to run it take turns, and each step is compared
+with the stock step of its own round. *Time* is the median of these ratios, with the quartiles, and *stock again* says
+what 1.00 looks like on that machine; *held* is what lives between forward and backward beside parameters, buffers and
+batch, as a share of stock's; *gradients* is the relative distance from stock's. *Checkpoint per block* is
+`torch.utils.checkpoint` around every block, *selective checkpoint* the same with matrix products and attention kept.
+
+![Time of a step against memory held, by model](images/memory-against-time.png)
+"""
+
+LESSONS = """\
+
+## When each wins
+
+- **Recomputation from what is kept** frees about as much as selective checkpointing, or more, and for less time: only
+  pointwise work is done again, and no block has to be run as a whole. It is exact, and needs no change to the model.
+- **Checkpointing a whole block** holds far less and costs a second forward, a quarter to a half of the step. Use it
+  where the rest does not suffice; what it keeps is not a scope's to shrink.
+- **Few bits** cost least where the output is kept anyway (one bit), and are the only ones that help under frozen layers
+  without adapters.
+- **Where nothing helps** (ResNet) a learned scope costs nothing either.
+"""
+
+MARKERS = {
+    "stock": ("#000000", "o"),
+    "scope(bits=3)": ("#1b9e77", "o"),
+    "scope(exact=True)": ("#66c2a5", "s"),
+    "scope(bits=3, recompute=True)": ("#d95f02", "o"),
+    "scope(exact=True, recompute=True)": ("#fc8d62", "s"),
+    "checkpoint per block": ("#7570b3", "^"),
+    "selective checkpoint": ("#8da0cb", "v"),
+}
+
+
+def read(path: Path = CSV) -> dict[str, list[dict[str, str]]]:
+    """The rows by model."""
+    models: dict[str, list[dict[str, str]]] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            models.setdefault(row["model"], []).append(row)
+    return models
+
+
+def speed_page(path: Path = CSV) -> str:
+    """The text of speed.md."""
+    models = read(path)
+    first = next(iter(models.values()))[0]
+    lines = [HEAD.format(**{key: first[key] for key in ("machine", "versions", "date")})]
+    for model, rows in models.items():
+        lines += [f"## {model}", "", "| | ms | time | held, MiB | held | gradients |", "| --- " + "| ---: " * 5 + "|"]
+        lines += [_line(row) for row in rows]
+        lines.append("")
+    return "\n".join(lines).rstrip("\n") + "\n" + LESSONS
+
+
+def _line(row: dict[str, str]) -> str:
+    time, low, high = (float(row[name]) for name in ("time", "lower", "upper"))
+    distance = float(row["gradients"])
+    cells = [
+        row["row"],
+        f"{1e3 * float(row['seconds']):.0f}",
+        f"{time:.2f} ({low:.2f} to {high:.2f})",
+        f"{int(row['held_bytes']) / 2**20:.1f}",
+        f"{100 * float(row['held']):.0f} %",
+        f"{distance:.0e}" if distance else "0",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def draw(path: Path = CSV, picture: Path = PICTURE) -> None:
+    """The picture: one panel a model, one point a way."""
+    from matplotlib.figure import Figure
+
+    models = read(path)
+    columns = 3
+    lines = -(-len(models) // columns)
+    figure = Figure(figsize=(4 * columns, 3.2 * lines + 0.6), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flat
+    for panel, (model, rows) in zip(panels, models.items(), strict=False):
+        for row in rows:
+            if row["row"] in MARKERS:
+                colour, marker = MARKERS[row["row"]]
+                time, low, high = (float(row[name]) for name in ("time", "lower", "upper"))
+                spread = [[max(0.0, time - low)], [max(0.0, high - time)]]
+                held = 100 * float(row["held"])
+                panel.errorbar(held, time, spread, color=colour, marker=marker, label=row["row"], capsize=2)
+        panel.set_title(model, fontsize=10)
+        panel.set_xlim(0, 105)
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in panels:  # those left over
+        panel.set_visible(False)
+    figure.supxlabel("held for backward, % of stock")
+    figure.supylabel("time of a step, ratio to stock")
+    most = max(figure.axes, key=lambda panel: len(panel.get_legend_handles_labels()[0]))
+    figure.legend(*most.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=9)
+    figure.savefig(picture, dpi=110)
