@@ -223,8 +223,8 @@ def _lessons(cases: dict[tuple[str, str, str], Settings]) -> list[str]:
         "the table says.",
         "The error of all gradients together is that of the largest ones. In ConvNeXt, whose layer scale starts at "
         "1e-6, and in EfficientNet they lie behind every activation, so that an error near 0 says little of the rest: "
-        "by single parameters it was up to 14 % (ConvNeXt, LoRA) and 25 % in the median (EfficientNet, full training) at "
-        "3 bits, in float32, with 2 images of 96 x 96.",
+        "by single parameters it was up to 14 % (ConvNeXt, LoRA) and 25 % in the median (EfficientNet, full training) "
+        "at 3 bits, in float32, with 2 images of 96 x 96.",
         "In deep convolutional networks with random weights and a batch of 4, BatchNorm passes every rounding on, and "
         "bfloat16's own error is of the gradients' size. A setting's error is against the gradients of its own dtype.",
         f"`fewbit.profile` had predicted the held bytes within {_percent(off(furthest))} of stock's (furthest: "
