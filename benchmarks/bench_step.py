@@ -97,16 +97,16 @@ def lora(model: nn.Module, batch: dict[str, Tensor]) -> tuple[nn.Module, dict[st
 
 
 MODELS = {
-    "resnet-50": Case(lambda: images(hf.ResNetConfig(), 160), 15),
+    "resnet-50": Case(lambda: images(hf.ResNetConfig(), 160), 9),
     # by default every convolution keeps a padded copy, and not the output of the ReLU6 before it
-    "mobilenet-v2": Case(lambda: images(hf.MobileNetV2Config(), 160), 25),
-    "mobilenet-v2-unpadded": Case(lambda: images(hf.MobileNetV2Config(tf_padding=False), 160), 25),
-    "roberta-2-layers": Case(lambda: roberta(2, 768, 8, 128), 15),
-    "llama-4-layers": Case(llama, 15),
-    "llama-4-layers-lora": Case(lambda: lora(*llama()), 15),
-    "gpt2-4-layers": Case(gpt2, 15),
-    "vit-4-layers": Case(lambda: images(hf.ViTConfig(num_hidden_layers=4, image_size=160), 160), 15),
-    "launch-bound": Case(lambda: roberta(6, 384, 1, 16), 200),  # where the time is that of Python and of launches
+    "mobilenet-v2": Case(lambda: images(hf.MobileNetV2Config(), 160), 13),
+    "mobilenet-v2-unpadded": Case(lambda: images(hf.MobileNetV2Config(tf_padding=False), 160), 13),
+    "roberta-2-layers": Case(lambda: roberta(2, 768, 8, 128), 9),
+    "llama-4-layers": Case(llama, 9),
+    "llama-4-layers-lora": Case(lambda: lora(*llama()), 9),
+    "gpt2-4-layers": Case(gpt2, 9),
+    "vit-4-layers": Case(lambda: images(hf.ViTConfig(num_hidden_layers=4, image_size=160), 160), 9),
+    "launch-bound": Case(lambda: roberta(6, 384, 1, 16), 100),  # where the time is that of Python and of launches
 }
 
 Way = Callable[[nn.Module], tuple[nn.Module, AbstractContextManager[Any]]]
