@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import _hooks, _one_node, _policy, _recipes, _recompute
@@ -77,11 +78,18 @@ def leave(
         ledger = entry.scope._ledger
         saves_output = call.activation is not None and call.activation.saves == "output"
         ledger.original(ledger.row(call.name, None, reason, site=site), y if saves_output else x)
-        in_place = y.untyped_storage()._cdata == x.untyped_storage()._cdata  # then its node keeps a copy
-        if entry.recomputes and call.activation is not None and call.activation.saves == "input" and not in_place:
+        saves_input = call.activation is not None and call.activation.saves == "input"
+        if entry.recomputes and saves_input and _has_its_own(x, y):
             _recipes.anchor(x)
             _recompute.note_activation(run_it, x, y, (site, ledger.coming_step) if site is not None else None)
     return y
+
+
+def _has_its_own(x: Tensor, y: Tensor) -> bool:
+    """Whether the result lies beside its input; where it was made in place, its node keeps a copy."""
+    if type(x) is not Tensor or x.layout is not torch.strided or y.layout is not torch.strided:
+        return False  # no storage, or not the one that is kept
+    return y.untyped_storage()._cdata != x.untyped_storage()._cdata
 
 
 def again(

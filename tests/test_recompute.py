@@ -1140,3 +1140,17 @@ def test_an_input_kept_in_vain_is_coded_again() -> None:
         step(model, torch.randn(64, 64), few)
     (row,) = (row for row in few.report().rows if row.activation == "gelu")
     assert (row.how, row.bits) == ("codes", 3)
+
+
+def test_a_sparse_tensor_is_kept_as_ever() -> None:
+    values = torch.tensor([[0.0, 2.0], [-3.0, 0.0]])
+
+    def run() -> Tensor:
+        leaf = values.clone().requires_grad_()
+        torch.relu(leaf.to_sparse()).to_dense().sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    stock = run()
+    with exact():
+        assert torch.equal(run(), stock)
