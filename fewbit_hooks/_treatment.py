@@ -89,7 +89,7 @@ def _has_its_own(x: Tensor, y: Tensor) -> bool:
     """Whether the result lies beside its input; where it was made in place, its node keeps a copy."""
     if type(x) is not Tensor or x.layout is not torch.strided or y.layout is not torch.strided:
         return False  # no storage, or not the one that is kept
-    return y.untyped_storage()._cdata != x.untyped_storage()._cdata
+    return bool(y.untyped_storage()._cdata != x.untyped_storage()._cdata)
 
 
 def again(
