@@ -168,17 +168,14 @@ def _replace_forward(
 
 def _run_or_leave(composite: Composite) -> types.FunctionType:
     """What takes the place of a class's forward."""
-    forward, acting, coding, run, run_compiled = (
-        composite.forward,
-        _stack.acting,
-        _stack.coding_here,
-        _run,
-        _compiled.run,
-    )
+    forward, run, run_compiled = composite.forward, _run, _compiled.run
+    thread, acting, coding = _stack.this_thread, _stack.acting, _stack.coding_here
     is_compiling, is_grad_enabled, partial = torch.compiler.is_compiling, torch.is_grad_enabled, functools.partial
     call = replace(composite.call, fixed=tuple(composite.parameters.items())) if composite.call is not None else None
 
     def run_or_leave(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if thread.acting is None:  # outside of any scope this is all that it costs
+            return forward(self, *args, **kwargs)
         if is_compiling():
             if call is None or kwargs:
                 return forward(self, *args, **kwargs)

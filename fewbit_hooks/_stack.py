@@ -67,7 +67,7 @@ class _Thread(threading.local):
         self.below = 0  # entries that were there before the recorder
 
 
-_thread = _Thread()
+_thread = this_thread = _Thread()
 
 
 def entries() -> list[Entry]:
