@@ -43,7 +43,9 @@ LESSONS = """\
   adapters. Where something behind the activation can be computed again, keeping the input is smaller, and exact.
 - **Where nothing helps** (ResNet) a learned scope costs nothing.
 - **Cheap models pay most**: coding MobileNetV2's ReLU6 costs a fifth of its step on the CPU where its padding copies
-  every output (transformers' default), and some hundredths where the convolutions keep the outputs themselves.
+  every output (transformers' default). Where the convolutions keep the outputs themselves, what is left is the time of
+  Python: some hundredths of this step, and at 224 x 224, where the step takes three times as long, nothing that can be
+  told from noise: 1.00 (0.95 to 1.04).
 """
 
 MARKERS = {
