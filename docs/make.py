@@ -11,7 +11,7 @@ import fewbit_hooks as fewbit
 import page_memory
 import page_speed
 from fewbit_hooks import Activation
-from fewbit_hooks._composites import built_in
+from fewbit_hooks._built_in import built_in
 from fewbit_hooks._mask_calls import mask_calls
 
 DOCS = Path(__file__).parent

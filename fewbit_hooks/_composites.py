@@ -18,11 +18,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -140,7 +139,7 @@ def register_module(
             f"register_module: {activation} is exact at 1 bit; what computes it from primitives cannot be run from its "
             "bit alone. Leave activation out: the module is then run again under scope(recompute=True)."
         )
-    _replace_forward(cls, name or cls.__name__, found, found.check(parameters) if found is not None else {})
+    replace_forward(cls, name or cls.__name__, found, found.check(parameters) if found is not None else {})
     return cls
 
 
@@ -153,7 +152,7 @@ def _takes_one_tensor(forward: Any) -> bool:
     return positional and all(p.default is not p.empty for p in others)
 
 
-def _replace_forward(
+def replace_forward(
     cls: type[nn.Module], name: str, activation: Activation | None, parameters: Mapping[str, Parameter]
 ) -> None:
     with _lock:
@@ -351,85 +350,3 @@ def _saves(composite: Composite, module: nn.Module, x: Tensor) -> tuple[float, b
 def _probe(composite: Composite, x: Tensor) -> Tensor:
     shape = _recompute.probe_shape(x) if composite.call is None else (8,)
     return torch.zeros(shape, dtype=x.dtype, device=x.device)
-
-
-# The built-in table: activations by the module that defines them, and norms, which each model of transformers defines
-# anew, by the end of their names.
-
-_ACTIVATIONS: dict[str, dict[str, tuple[str, dict[str, Parameter]]]] = {
-    "transformers.activations": {
-        "AccurateGELUActivation": ("gelu", {"approximate": "tanh"}),
-        "FastGELUActivation": ("gelu", {"approximate": "tanh"}),
-        "GELUActivation": ("gelu", {}),
-        "GELUTanh": ("gelu", {"approximate": "tanh"}),
-        "MishActivation": ("mish", {}),
-        "NewGELUActivation": ("gelu", {"approximate": "tanh"}),
-        "QuickGELUActivation": ("quick_gelu", {}),
-    },
-    "timm.layers.activations": {"QuickGELU": ("quick_gelu", {})},
-}
-_NORMS: dict[str, tuple[str, ...]] = {
-    "transformers.models.": (
-        "RMSNorm",
-        # those of T5's kind
-        *(f"{model}LayerNorm" for model in ("T5", "LongT5", "SwitchTransformers", "Pix2Struct", "Pop2Piano", "Udop")),
-    ),
-    "timm.layers.norm": ("RmsNorm", "RmsNorm2d", "SimpleNorm", "SimpleNorm2d"),
-}
-
-
-def built_in() -> dict[str, list[str]]:
-    """The built-in table, for the docs: what it is run as, and the classes."""
-    table: dict[str, list[str]] = {}
-    for module, classes in _ACTIVATIONS.items():
-        for cls, (name, parameters) in classes.items():
-            title = name + "".join(f" ({value})" for value in parameters.values())
-            table.setdefault(title, []).append(f"{module}.{cls}")
-    table["rms_norm"] = [f"{start}*{ending}" for start, endings in _NORMS.items() for ending in endings]
-    return table
-
-
-_searched: set[str] = set()
-_modules_seen = 0
-
-
-def find_built_in() -> None:
-    """Replace the forward of the table's classes in what has been imported since the last time."""
-    global _modules_seen
-    if len(sys.modules) == _modules_seen:
-        return
-    with _lock:
-        _modules_seen = len(sys.modules)
-        for name, module in list(sys.modules.items()):
-            if name in _searched or not name.startswith(("transformers.", "timm.")):
-                continue
-            if getattr(getattr(module, "__spec__", None), "_initializing", False):
-                _modules_seen = 0  # half imported, on another thread or around us: look again
-                continue
-            _searched.add(name)
-            for cls, activation, parameters in _classes(name, vars(module)):
-                found = _activations.find(activation) if activation else None
-                _replace_forward(cls, "rms_norm", found, found.check(parameters) if found else {})
-
-
-def _classes(
-    name: str, content: Mapping[str, Any]
-) -> Iterator[tuple[type[nn.Module], str | None, dict[str, Parameter]]]:
-    for class_name, (activation, parameters) in _ACTIVATIONS.get(name, {}).items():
-        cls = content.get(class_name)
-        if inspect.isclass(cls) and issubclass(cls, nn.Module) and not hasattr(cls.forward, "_fewbit_original"):
-            yield cls, activation, parameters
-    endings = next((endings for start, endings in _NORMS.items() if name.startswith(start)), ())
-    if not endings or (name.startswith("transformers.") and ".modeling_" not in name):
-        return
-    for cls in list(content.values()):
-        if (
-            inspect.isclass(cls)
-            and issubclass(cls, nn.Module)
-            and cls.__module__ == name
-            and cls.__name__.endswith(endings)
-            and "forward" in vars(cls)
-            and not hasattr(cls.forward, "_fewbit_original")
-            and len(inspect.signature(cls.forward).parameters) == 2
-        ):
-            yield cls, None, {}

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from . import _composites, _consumers, _policy, _stack
+from . import _built_in, _consumers, _policy, _stack
 from ._calls import BACKWARD, RECOGNISED
 from ._composites import Composite
 from ._hooks import Kept, unpack
@@ -88,7 +88,7 @@ class Recorder(TorchFunctionMode):
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack_hook, unpack)
 
     def __enter__(self) -> Recorder:
-        _composites.find_built_in()
+        _built_in.find_built_in()
         self._stacked = _stack.recording(self)
         self._stacked.__enter__()
         self._modules = nn.modules.module.register_module_forward_pre_hook(self._note_module)

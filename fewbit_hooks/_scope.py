@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from . import _compiled, _composites, _masks, _policy, _recipes, _recompute, _stack, _treatment
+from . import _built_in, _compiled, _masks, _policy, _recipes, _recompute, _stack, _treatment
 from ._calls import BACKWARD, RECOGNISED
 from ._errors import FewbitError, FewbitTypeError, FewbitWarning
 from ._ledger import Ledger
@@ -121,7 +121,7 @@ class scope:
     def _enter(self, *, enabled: bool) -> _stack.Entry:
         entry = _stack.Entry(self, inert=_policy.disabled(), enabled=enabled)
         if not entry.inert:
-            _composites.find_built_in()
+            _built_in.find_built_in()
         _stack.push(entry, _Mode)
         return entry
 

@@ -1,0 +1,98 @@
+"""The modules of transformers and timm that are written in primitives: NOTE [ Composites by module class ].
+
+Activations by the module that defines them; norms, which each model of transformers defines anew, by the end of their
+names. They are looked for among the modules already imported; nothing is imported for it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from . import _activations
+from ._activations import Parameter
+from ._composites import replace_forward
+
+_ACTIVATIONS: dict[str, dict[str, tuple[str, dict[str, Parameter]]]] = {
+    "transformers.activations": {
+        "AccurateGELUActivation": ("gelu", {"approximate": "tanh"}),
+        "FastGELUActivation": ("gelu", {"approximate": "tanh"}),
+        "GELUActivation": ("gelu", {}),
+        "GELUTanh": ("gelu", {"approximate": "tanh"}),
+        "MishActivation": ("mish", {}),
+        "NewGELUActivation": ("gelu", {"approximate": "tanh"}),
+        "QuickGELUActivation": ("quick_gelu", {}),
+    },
+    "timm.layers.activations": {"QuickGELU": ("quick_gelu", {})},
+}
+_NORMS: dict[str, tuple[str, ...]] = {
+    "transformers.models.": (
+        "RMSNorm",
+        # those of T5's kind
+        *(f"{model}LayerNorm" for model in ("T5", "LongT5", "SwitchTransformers", "Pix2Struct", "Pop2Piano", "Udop")),
+    ),
+    "timm.layers.norm": ("RmsNorm", "RmsNorm2d", "SimpleNorm", "SimpleNorm2d"),
+}
+
+
+def built_in() -> dict[str, list[str]]:
+    """The built-in table, for the docs: what it is run as, and the classes."""
+    table: dict[str, list[str]] = {}
+    for module, classes in _ACTIVATIONS.items():
+        for cls, (name, parameters) in classes.items():
+            title = name + "".join(f" ({value})" for value in parameters.values())
+            table.setdefault(title, []).append(f"{module}.{cls}")
+    table["rms_norm"] = [f"{start}*{ending}" for start, endings in _NORMS.items() for ending in endings]
+    return table
+
+
+_lock = threading.RLock()
+_searched: set[str] = set()
+_modules_seen = 0
+
+
+def find_built_in() -> None:
+    """Replace the forward of the table's classes in what has been imported since the last time."""
+    global _modules_seen
+    if len(sys.modules) == _modules_seen:
+        return
+    with _lock:
+        _modules_seen = len(sys.modules)
+        for name, module in list(sys.modules.items()):
+            if name in _searched or not name.startswith(("transformers.", "timm.")):
+                continue
+            if getattr(getattr(module, "__spec__", None), "_initializing", False):
+                _modules_seen = 0  # half imported, on another thread or around us: look again
+                continue
+            _searched.add(name)
+            for cls, activation, parameters in _classes(name, vars(module)):
+                found = _activations.find(activation) if activation else None
+                replace_forward(cls, "rms_norm", found, found.check(parameters) if found else {})
+
+
+def _classes(
+    name: str, content: Mapping[str, Any]
+) -> Iterator[tuple[type[nn.Module], str | None, dict[str, Parameter]]]:
+    for class_name, (activation, parameters) in _ACTIVATIONS.get(name, {}).items():
+        cls = content.get(class_name)
+        if inspect.isclass(cls) and issubclass(cls, nn.Module) and not hasattr(cls.forward, "_fewbit_original"):
+            yield cls, activation, parameters
+    endings = next((endings for start, endings in _NORMS.items() if name.startswith(start)), ())
+    if not endings or (name.startswith("transformers.") and ".modeling_" not in name):
+        return
+    for cls in list(content.values()):
+        if (
+            inspect.isclass(cls)
+            and issubclass(cls, nn.Module)
+            and cls.__module__ == name
+            and cls.__name__.endswith(endings)
+            and "forward" in vars(cls)
+            and not hasattr(cls.forward, "_fewbit_original")
+            and len(inspect.signature(cls.forward).parameters) == 2
+        ):
+            yield cls, None, {}
