@@ -3,11 +3,12 @@
 NOTE [ Composites by module class ]
 
 A mode sees the primitives, not what they add up to; the module's class says it. So `cls.forward` is replaced, once, by
-a function that calls the original outside of any scope (and under torch.compile), and inside one has the original
-run as one node (`_one_node.py`) or so that it can be run again (`_again.py`). No formula is copied.
+a function that calls the original outside of any scope, and inside one has the original run as one node
+(`_one_node.py`) or so that it can be run again (`_again.py`); in a compiled graph it is coded as any activation is
+(`_compiled.py`), or left to the compiler. No formula is copied.
 
-1. The classes are those of `register_module`, and those of a built-in table, which are looked for among the modules
-   already imported whenever a scope is entered. Nothing is imported for it.
+1. The classes are those of `register_module`, and those of a built-in table (`_built_in.py`), which are looked for
+   among the modules already imported whenever a scope is entered. Nothing is imported for it.
 2. What the user has put on an *instance* goes first: one with a `forward` of its own (accelerate's hooks, a kernel
    from the hub) is left alone.
 3. Whether an instance's forward computes the activation that the table says is asked of it: on a grid, in float64.
@@ -155,6 +156,7 @@ def _takes_one_tensor(forward: Any) -> bool:
 def replace_forward(
     cls: type[nn.Module], name: str, activation: Activation | None, parameters: Mapping[str, Parameter]
 ) -> None:
+    """Put what runs a module as a whole in the place of its class's forward; once more, if it was registered before."""
     with _lock:
         forward = getattr(cls.forward, "_fewbit_original", cls.forward)
         if activation is not None:
@@ -203,7 +205,7 @@ def _run(entry: Any, composite: Composite, module: nn.Module, args: tuple[Any, .
         return composite.forward(module, *args, **kwargs)
     run_it = functools.partial(composite.forward, module, x)
     if composite.call is not None:
-        return _run_activation(entry, composite.call, composite, module, x, run_it)
+        return _run_activation(entry, composite, module, x, run_it)
     settings, ledger = entry.scope._settings, entry.scope._ledger
     parameters = own(module)
     if not settings.recompute or parameters is None:
@@ -226,14 +228,10 @@ def _run(entry: Any, composite: Composite, module: nn.Module, args: tuple[Any, .
 
 
 def _run_activation(
-    entry: _stack.Entry,
-    call: Call,
-    composite: Composite,
-    module: nn.Module,
-    x: Tensor,
-    run_it: functools.partial[Tensor],
+    entry: _stack.Entry, composite: Composite, module: nn.Module, x: Tensor, run_it: functools.partial[Tensor]
 ) -> Tensor:
-    settings = entry.scope._settings
+    settings, call = entry.scope._settings, composite.call
+    assert call is not None
     assert call.activation is not None
     try:
         if not _treatment.admits(entry, call.name, x):
