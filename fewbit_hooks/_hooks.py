@@ -60,7 +60,7 @@ class Packed:
 class Beside:
     """An output that somebody else keeps, and at most one bit an element, in the place of a saved tensor."""
 
-    __slots__ = ("decoder", "layout", "name", "output", "packed", "step", "version")
+    __slots__ = ("__weakref__", "decoder", "layout", "name", "output", "packed", "step", "version")
 
     def __init__(self, packed: Tensor | None, decoder: Decoder, layout: ops.Layout, name: str, step: Step) -> None:
         self.packed = packed
@@ -72,14 +72,18 @@ class Beside:
         self.version = 0
 
     def rely_on(self, y: Tensor) -> None:
-        """The call has its output."""
+        """The call has its output; or that has been copied, and `y` is what it is in the copy."""
         self.output, self.version = y.detach(), y._version
+
+    def has_changed(self) -> bool:
+        """Whether the output has been changed in place."""
+        return self.output is not None and self.output._version != self.version
 
     def unpack(self) -> Tensor:
         """What follows from the output and the bits: the stand-ins."""
         begin_backward(self.name, self.step)
         assert self.output is not None
-        if self.output._version != self.version:
+        if self.has_changed():
             raise FewbitRuntimeError(
                 f"the output of {self.name}, of shape {list(self.output.shape)}, has been modified by an inplace "
                 f"operation: it is at version {self.output._version}, expected {self.version}. Its derivative is taken "
@@ -210,7 +214,7 @@ class PackHook:
             packed.rely_on(y)
         if self._site is not None and self._saved:
             treated = Verdict.OUTPUT if self._beside else Verdict.CODES
-            self._ledger.watch(Watch(self._site, self._saved, y, treated))
+            self._ledger.watch(Watch(self._site, self._saved, y, treated, self._beside))
 
     def release(self) -> None:
         """The call is over; see the note above."""
