@@ -137,7 +137,7 @@ def _as_it_is(entry: Entry, call: Call, plan: Plan, x: Tensor, run_it: functools
         _watch_input(ledger, site, verdict, y)
         return y
     inverse = plan.inverse(x, copied=verdict is Verdict.COPY) if verdict in FROM_OUTPUT else None
-    y = _hooks.run_coded(plan, ledger, x, run_it, site, inverse)
+    y = _hooks.run_coded(plan, ledger, x, run_it, site, inverse, entry.around)
     if entry.recomputes and not plan.inplace and plan.codebook is not None and isinstance(y, Tensor):
         _recompute.note_activation(run_it, x, y, site=(site, ledger.coming_step) if site is not None else None)
     return y
