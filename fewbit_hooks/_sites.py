@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ._modules import CALL_IMPL, ModuleRef, outermost_module
+from ._modules import CALL_IMPL, ModuleRef, model_of
 
 LOOK_AGAIN = 64
 """Steps after which a site is looked at again: a change that nothing announces costs memory for that long at most."""
@@ -91,7 +91,7 @@ class Site:
 
     def __init__(self, module: nn.Module, code: CodeType | None) -> None:
         self.module: ModuleRef = weakref.ref(module)
-        self.model: ModuleRef = weakref.ref(outermost_module() or module)
+        self.model: ModuleRef = weakref.ref(model_of(module))
         self._code = code  # kept, so that its address, part of the key, is not used again
         self._training = module.training
         self.output_changes = False
