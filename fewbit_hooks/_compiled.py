@@ -153,10 +153,12 @@ def encode(x: Tensor, boundaries: tuple[float, ...], folded: bool) -> Tensor:
     if len(boundaries) >= 1 << UNROLLED:
         limits = torch.tensor(boundaries, dtype=v.dtype, device=v.device)
         return torch.bucketize(v, limits, out_int32=True).to(torch.uint8)
-    codes = torch.zeros_like(v, dtype=torch.uint8)
+    codes = torch.zeros_like(
+        v
+    )  # in its dtype: Inductor's vectors of masks turn into such at once, and into bytes slowly
     for boundary in boundaries:
-        codes = codes + ~(v <= boundary)  # NaN gets the last one, as from bucketize
-    return codes
+        codes = codes + torch.where(v <= boundary, 0.0, 1.0)  # NaN gets the last one, as from bucketize
+    return codes.to(torch.uint8)
 
 
 def decode(codes: Tensor, levels: tuple[float, ...], dtype: torch.dtype) -> Tensor:
@@ -174,17 +176,12 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     flat = codes.reshape(-1)
     if bits == 8:
         return flat
-    n = flat.numel()
-    group = torch.nn.functional.pad(flat, (0, -n % 8)).view(-1, 8).to(torch.int32)
-    columns = []
-    for byte in range(bits):
-        column = torch.zeros_like(group[:, 0])
-        for i in range(8):
-            shift = i * bits - 8 * byte  # where code i begins in this byte
-            if -bits < shift < 8:
-                column = column | (group[:, i] << shift if shift >= 0 else group[:, i] >> -shift)
-        columns.append(column & 255)
-    return torch.stack(columns, 1).to(torch.uint8)
+    group = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    # Products, as a shift by a constant is guarded, element by element, in the code that Inductor writes for a CPU.
+    word = group[:, 0].to(torch.int32 if bits < 4 else torch.int64)
+    for i in range(1, 8):
+        word = word + group[:, i].to(word.dtype) * (1 << (i * bits))
+    return torch.stack([(word >> (8 * byte)) & 255 for byte in range(bits)], 1).to(torch.uint8)
 
 
 def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
