@@ -1,13 +1,15 @@
 """What a training step costs under a scope: its time and the bytes held for backward, as ratios to stock PyTorch.
 
-    python benchmarks/bench_step.py [--quick] [--threads N] [--csv PATH] [MODEL ...]
+    python benchmarks/bench_step.py [--quick] [--threads N] [--device cuda] [--rows TEXT] [--csv PATH] [MODEL ...]
 
 Models come from their configurations, with random weights, in training mode and float32. A step is forward and
 backward. The scope is used again and again, as in a training loop, and has learned before anything is measured. The
 ways to run a step share one process and take turns, in an order that rotates; each step is compared with the stock step
 of its own round. `time` is the median of these ratios, with the quartiles: `stock again` says what 1.00 looks like on
 this machine. `cpu` is the same for processor time, which other processes disturb less. `held` counts the storages that
-are alive between forward and backward, beside parameters, buffers and the batch. Runs on the CPU.
+are alive between forward and backward, beside parameters, buffers and the batch; in a compiled graph, those that it
+keeps. On a GPU `peak` is what a step allocates at most, beside what was there before. Compiled rows draw their random
+numbers as eager ones do, so that gradients can be compared.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
+import torch._dynamo
+import torch._functorch.config
 import transformers as hf
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -38,8 +42,9 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import fewbit_hooks as fewbit
 from about import about
+from held import held_for_backward
 
-FIGURES = ("seconds", "time", "lower", "upper", "cpu", "held_bytes", "held", "gradients")
+FIGURES = ("seconds", "time", "lower", "upper", "cpu", "held_bytes", "held", "gradients", "peak_bytes")
 COLUMNS = ("model", "row", *FIGURES, "machine", "versions", "date")
 LEARN = 3
 """Steps after which a scope has learned what others keep."""
@@ -135,6 +140,35 @@ def selectively_checkpointed(model: nn.Module) -> nn.Module:
     return checkpointed(model, context_fn=functools.partial(create_selective_checkpoint_contexts, MATRIX_PRODUCTS))
 
 
+def compiled(model: nn.Module, around: AbstractContextManager[Any] | None = None) -> Any:
+    """The model compiled by Inductor, and what its forward runs in."""
+    made = torch.compile(copy.deepcopy(model), options={"fallback_random": True})
+    return made, around or contextlib.nullcontext()
+
+
+class offloaded(contextlib.ExitStack):
+    """A scope inside `save_on_cpu`, which is handed the codes."""
+
+    def __init__(self, scope: fewbit.scope) -> None:
+        super().__init__()
+        self._scope = scope
+
+    def __enter__(self) -> Any:
+        self.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=True))
+        return self.enter_context(self._scope)
+
+
+class Budget:
+    """Inside it, a graph that is compiled keeps half of what it would, and computes the rest again."""
+
+    def __enter__(self) -> None:
+        self._patch = torch._functorch.config.patch(activation_memory_budget=0.5)
+        self._patch.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._patch.__exit__(*error)
+
+
 ROWS: dict[str, Way] = {
     "stock": lambda model: (model, contextlib.nullcontext()),
     "stock again": lambda model: (model, contextlib.nullcontext()),
@@ -144,8 +178,18 @@ ROWS: dict[str, Way] = {
     "scope(exact=True, recompute=True)": lambda model: (model, fewbit.scope(exact=True, recompute=True)),
     "checkpoint per block": lambda model: (checkpointed(model), contextlib.nullcontext()),
     "selective checkpoint": lambda model: (selectively_checkpointed(model), contextlib.nullcontext()),
+    "compiled": compiled,
+    "compiled, budget 0.5": lambda model: compiled(model, Budget()),
+    "compiled, scope(bits=3)": lambda model: compiled(model, fewbit.scope(bits=3)),
 }
 """The first is what the others are compared with."""
+
+ROWS_ON_A_GPU: dict[str, Way] = {
+    "scope(bits=3, engine='fused')": lambda model: (model, fewbit.scope(bits=3, engine="fused")),
+    "save_on_cpu": lambda model: (model, torch.autograd.graph.save_on_cpu(pin_memory=True)),
+    "save_on_cpu, scope(bits=3)": lambda model: (model, offloaded(fewbit.scope(bits=3))),
+}
+"""What makes a difference only there."""
 
 
 class Runner:
@@ -154,7 +198,7 @@ class Runner:
     def __init__(self, way: Way, model: nn.Module, batch: dict[str, Tensor]) -> None:
         self.model, self._context = way(model)
         self._batch = batch
-        self.same_as_stock = way is ROWS["stock"]
+        self._device = next(model.parameters()).device
 
     def forward(self) -> Tensor:
         with self._context:
@@ -164,13 +208,31 @@ class Runner:
     def seconds(self) -> tuple[float, float]:
         """Wall-clock and processor time of a step."""
         self.model.zero_grad(set_to_none=True)
+        self._wait()
         begin, cpu = time.perf_counter(), time.process_time()
         self.forward().backward()
+        self._wait()
         return time.perf_counter() - begin, time.process_time() - cpu
+
+    def peak(self) -> int:
+        """Bytes that a step allocates at most on a GPU, beside what was there; 0 elsewhere."""
+        if self._device.type != "cuda":
+            return 0
+        self.model.zero_grad(set_to_none=True)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self.forward().backward()
+        return torch.cuda.max_memory_allocated() - before
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
 
     def held(self) -> int:
         """Bytes alive between forward and backward that the forward made."""
         known = [*self.model.parameters(), *self.model.buffers(), *self._batch.values()]
+        if isinstance(self.model, torch._dynamo.OptimizedModule):
+            return sum(held_for_backward(self.forward(), known).values())
         with Made() as made:
             loss = self.forward()
         held = made.bytes_alive(known) - loss.untyped_storage().nbytes()
@@ -214,12 +276,14 @@ def difference(gradients: list[Tensor], stock: list[Tensor]) -> float:
     return float(sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)) ** 0.5
 
 
-def measure(case: Case, rounds: int) -> dict[str, dict[str, float]]:
+def measure(case: Case, rounds: int, rows: dict[str, Way], device: str) -> dict[str, dict[str, float]]:
     """The figures of a model, by row and column."""
     torch.manual_seed(0)
+    torch._dynamo.reset()
     model, batch = case.build()
-    model.train()
-    runners = {name: Runner(way, model, batch) for name, way in ROWS.items()}
+    model.train().to(device)
+    batch = {name: t.to(device) for name, t in batch.items()}
+    runners = {name: Runner(way, model, batch) for name, way in rows.items()}
     for name in [name for name in runners if "checkpoint" in name and runners[name].model is model]:
         del runners[name]  # a model that transformers does not checkpoint
     for runner in runners.values():
@@ -228,7 +292,11 @@ def measure(case: Case, rounds: int) -> dict[str, dict[str, float]]:
     stock, *_ = runners.values()
     exact = stock.gradients()
     figures = {
-        name: {"held_bytes": runner.held(), "gradients": difference(runner.gradients(), exact)}
+        name: {
+            "held_bytes": runner.held(),
+            "gradients": difference(runner.gradients(), exact),
+            "peak_bytes": runner.peak(),
+        }
         for name, runner in runners.items()
     }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
@@ -255,6 +323,8 @@ def main() -> None:
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(MODELS)}; all where none is given")
     parser.add_argument("--quick", action="store_true", help="a fifth of the rounds")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch; all of them where not given")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--rows", metavar="TEXT", help="only the first row, and those whose names contain this")
     parser.add_argument("--csv", metavar="PATH", help="write the table there too")
     arguments = parser.parse_args()
     for name in arguments.models:
@@ -262,6 +332,9 @@ def main() -> None:
             parser.error(f"no model {name!r}; there are {', '.join(MODELS)}")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    rows = ROWS if arguments.device == "cpu" else {**ROWS, **ROWS_ON_A_GPU}
+    if arguments.rows:
+        rows = {name: way for name, way in rows.items() if name.startswith("stock") or arguments.rows in name}
 
     known = about(("transformers", "peft"))
     print(f"machine  {known['machine']}\nversions {known['versions']}")
@@ -275,7 +348,8 @@ def main() -> None:
     table = []
     for name in arguments.models or MODELS:
         case = MODELS[name]
-        for row, f in measure(case, -(-case.rounds // 5) if arguments.quick else case.rounds).items():
+        rounds = -(-case.rounds // 5) if arguments.quick else case.rounds
+        for row, f in measure(case, rounds, rows, arguments.device).items():
             spread = f"{f['time']:.3f} ({f['lower']:.3f}-{f['upper']:.3f})"
             held = f"{f['held_bytes'] / 2**20:>9.2f}  {f['held']:>6.3f}"
             print(
