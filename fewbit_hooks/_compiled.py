@@ -28,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from . import _policy
 from ._calls import Call
 from ._policy import Settings
+from .ops._torch import mask
 
 UNROLLED = 4
 """Bits up to which levels and boundaries are constants in the kernel; with more they are looked up in a tensor."""
@@ -176,12 +177,13 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     flat = codes.reshape(-1)
     if bits == 8:
         return flat
-    group = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    # Products, as a shift by a constant is guarded, element by element, in the code that Inductor writes for a CPU.
-    word = group[:, 0].to(torch.int32 if bits < 4 else torch.int64)
-    for i in range(1, 8):
-        word = word + group[:, i].to(word.dtype) * (1 << (i * bits))
-    return torch.stack([(word >> (8 * byte)) & 255 for byte in range(bits)], 1).to(torch.uint8)
+    # As in ops/_torch.py: eight codes are a word. Column by column Inductor's kernels for a CPU would be no vectors.
+    words = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(torch.int64)
+    for codes_in_field in (1, 2, 4):
+        field, distance = codes_in_field * bits, codes_in_field * 8
+        low = mask(field, every=2 * distance)
+        words = (words & low) | ((words >> (distance - field)) & (low << field))
+    return words.view(-1, 1).view(torch.uint8)[:, :bits].contiguous()
 
 
 def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:

@@ -79,7 +79,7 @@ def _pack(codes: Tensor, bits: int, packed: Tensor) -> None:
         return
     for codes_in_field in (1, 2, 4):  # halve the number of fields by joining neighbours: 8 of 1 code, 4 of 2, 2 of 4
         field, distance = codes_in_field * bits, codes_in_field * 8
-        low = _mask(field, every=2 * distance)
+        low = mask(field, every=2 * distance)
         upper = (words >> (distance - field)).bitwise_and_(low << field)
         words = (words & low).bitwise_or_(upper)
     groups = words.view(torch.uint8).view(-1, 8)[:, :bits]
@@ -88,7 +88,7 @@ def _pack(codes: Tensor, bits: int, packed: Tensor) -> None:
     packed[whole * bits :] = groups[whole:].reshape(-1)[: packed.numel() - whole * bits]
 
 
-def _mask(width: int, every: int) -> int:
+def mask(width: int, every: int) -> int:
     """`width` ones at the low end of `every` bits, over a whole word."""
     return sum(((1 << width) - 1) << low for low in range(0, 64, every))
 
