@@ -39,19 +39,21 @@ class Entry:
         hooks: the innermost saved-tensor pack hook when the scope was entered: others that come later go before ours.
         coding: what is coded in compiled graphs; None where nothing is.
         recomputes: the scope has `recompute=True`, and measures not only.
+        fuses: the scope has `engine="fused"`, and computes nothing again: see NOTE [ What is fused ] in `_fused.py`.
         inside: it does not, but a scope around it does.
         inert: FEWBIT_DISABLE was set.
         enabled: it was `enable()` that entered.
         pushed: this entry put the mode on the thread's stack of modes.
     """
 
-    __slots__ = ("coding", "enabled", "hooks", "inert", "inside", "pushed", "recomputes", "scope")
+    __slots__ = ("coding", "enabled", "fuses", "hooks", "inert", "inside", "pushed", "recomputes", "scope")
 
     def __init__(self, scope: scope, *, inert: bool, enabled: bool) -> None:
         self.scope = scope
         self.hooks = None if inert else innermost_hooks()
         self.coding = coding(scope._settings)
         self.recomputes = scope._settings.recompute and scope._settings.bits is not None
+        self.fuses = scope._settings.engine == "fused" and not self.recomputes
         self.inside = not self.recomputes and any(e.recomputes for e in _thread.entries)
         self.inert = inert
         self.enabled = enabled
