@@ -22,7 +22,7 @@ from fewbit_hooks.ops import _beside, _dispatch, _layout, _torch
 
 from .hard_cases import BITS, DTYPES, boundaries_for, hard_values, random_codes, views
 
-_triton = pytest.importorskip("fewbit_hooks.ops._triton", reason="triton is not installed", exc_type=ImportError)
+_triton = pytest.importorskip("fewbit_hooks.ops._triton", reason="triton is not installed")
 
 # the interpreter computes in numpy, which warns where a GPU does not
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
