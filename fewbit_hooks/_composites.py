@@ -309,7 +309,8 @@ def look_at(composite: Composite, module: nn.Module, x: Tensor) -> Facts:
 def _reason_to_leave(composite: Composite, module: nn.Module, x: Tensor) -> str:
     if "forward" in module.__dict__:
         return OWN_FORWARD
-    if module._modules and any(p is not None for m in module._modules.values() if m for p in m.parameters()):
+    inner = (m for m in module._modules.values() if m is not None)
+    if any(p is not None for m in inner for p in m.parameters()):
         return HAS_PARAMETERS
     probe = _probe(composite, x)
     version = probe._version

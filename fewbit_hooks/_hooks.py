@@ -7,7 +7,8 @@ autograd
    owns the packed object, so that would be a cycle that is never collected (pytorch #115255).
 2. What is kept goes as `detach()` with its version, checked when it is unpacked: a tensor that passes through a hook
    is no longer checked by autograd itself (pytorch #128545).
-3. Nothing of the scope: unpacking works after it has ended, on any thread, twice, in any order.
+3. Where others' hooks lie around the scope (an offloader, a checkpoint), codes and what is kept are packed by theirs.
+4. Nothing of the scope: unpacking works after it has ended, on any thread, twice, in any order.
 
 The pack hook itself lives as long as the node (measured, torch 2.13: the saved variable keeps it), so it lets go of all
 that it holds, the input above all, when its call is over.
@@ -33,8 +34,25 @@ from ._sites import Site, Verdict, Watch
 Decoder: TypeAlias = Callable[[Tensor, Tensor | None, ops.Layout], Tensor]
 """From the output and the packed bits to a tensor of the layout."""
 
+Hooks: TypeAlias = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
+"""A pack hook and its unpack hook."""
+
 NAN = "holds NaN, where stock's gradient depends on the position"
 NO_GAIN = "codes would be no smaller than its storage"
+
+
+class Handed:
+    """What others' hooks made of a tensor."""
+
+    __slots__ = ("__weakref__", "_packed", "_unpack")
+
+    def __init__(self, tensor: Tensor, hooks: Hooks) -> None:
+        pack, self._unpack = hooks
+        self._packed = pack(tensor)
+
+    def unpack(self) -> Tensor:
+        """The tensor."""
+        return self._unpack(self._packed)
 
 
 class Packed:
@@ -42,7 +60,9 @@ class Packed:
 
     __slots__ = ("bits", "codes", "layout", "name", "rows", "step")
 
-    def __init__(self, codes: Tensor, rows: Tensor, bits: int, layout: ops.Layout, name: str, step: Step) -> None:
+    def __init__(
+        self, codes: Tensor | Handed, rows: Tensor, bits: int, layout: ops.Layout, name: str, step: Step
+    ) -> None:
         self.codes = codes
         self.rows = rows
         self.bits = bits
@@ -53,14 +73,15 @@ class Packed:
     def unpack(self) -> Tensor:
         """The stand-ins: a tensor for which the node's own backward gives the few-bit derivative."""
         begin_backward(self.name, self.step)
+        codes = self.codes.unpack() if isinstance(self.codes, Handed) else self.codes
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            return ops.decode(self.codes, self.rows, self.bits, self.layout)
+            return ops.decode(codes, self.rows, self.bits, self.layout)
 
 
 class Beside:
     """An output that somebody else keeps, and at most one bit an element, in the place of a saved tensor."""
 
-    __slots__ = ("decoder", "layout", "name", "output", "packed", "step", "version")
+    __slots__ = ("__weakref__", "decoder", "layout", "name", "output", "packed", "step", "version")
 
     def __init__(self, packed: Tensor | None, decoder: Decoder, layout: ops.Layout, name: str, step: Step) -> None:
         self.packed = packed
@@ -72,14 +93,18 @@ class Beside:
         self.version = 0
 
     def rely_on(self, y: Tensor) -> None:
-        """The call has its output."""
+        """The call has its output; or that has been copied, and `y` is what it is in the copy."""
         self.output, self.version = y.detach(), y._version
+
+    def has_changed(self) -> bool:
+        """Whether the output has been changed in place."""
+        return self.output is not None and self.output._version != self.version
 
     def unpack(self) -> Tensor:
         """What follows from the output and the bits: the stand-ins."""
         begin_backward(self.name, self.step)
         assert self.output is not None
-        if self.output._version != self.version:
+        if self.has_changed():
             raise FewbitRuntimeError(
                 f"the output of {self.name}, of shape {list(self.output.shape)}, has been modified by an inplace "
                 f"operation: it is at version {self.output._version}, expected {self.version}. Its derivative is taken "
@@ -110,7 +135,12 @@ class Kept:
         return self.tensor
 
 
-def unpack(packed: Packed | Beside | Kept) -> Tensor:
+def keep(tensor: Tensor, name: str, around: Hooks | None) -> Kept | Handed:
+    """A saved tensor as it is, or left to the hooks around the scope."""
+    return Kept(tensor, name) if around is None else Handed(tensor, around)
+
+
+def unpack(packed: Packed | Beside | Kept | Handed) -> Tensor:
     """The unpack hook."""
     return packed.unpack()
 
@@ -138,9 +168,11 @@ class PackHook:
         ledger: the books.
         site: where the call was made; None if it was in no module.
         inverse: take the derivative from the output, and from at most one bit; None: from the plan's codes.
+        around: others' hooks around the scope.
     """
 
     __slots__ = (
+        "_around",
         "_beside",
         "_codes",
         "_count",
@@ -155,13 +187,20 @@ class PackHook:
     )
 
     def __init__(
-        self, plan: Plan, x: Tensor, ledger: Ledger, site: Site | None, inverse: Inverse | Itself | None
+        self,
+        plan: Plan,
+        x: Tensor,
+        ledger: Ledger,
+        site: Site | None,
+        inverse: Inverse | Itself | None,
+        around: Hooks | None,
     ) -> None:
         self._plan = plan
         self._x = x
         self._ledger = ledger
         self._site = site
         self._inverse = inverse
+        self._around = around
         self._count = 0
         self._keep = False
         self._row: Row | None = None
@@ -171,12 +210,12 @@ class PackHook:
         # overwritten.
         self._codes = self._encode(x) if plan.inplace and plan.codebook is not None else None
 
-    def __call__(self, t: Tensor) -> Packed | Beside | Kept:
+    def __call__(self, t: Tensor) -> Packed | Beside | Kept | Handed:
         plan, name = self._plan, self._plan.activation.name
         k, self._count = self._count, self._count + 1
         rows = None if self._keep else plan.rows(k, t.dtype, t.device)
         if rows is None:  # kept, or an auxiliary tensor of another shape: nothing that codes could replace
-            return Kept(t, name)
+            return keep(t, name, self._around)
         if t.shape != self._x.shape:
             raise FewbitError(
                 f"{name} saved a tensor of shape {list(t.shape)}, its input has {list(self._x.shape)}. "
@@ -190,7 +229,7 @@ class PackHook:
             self._row = self._ledger.row(name, bits, reason, how=how, site=self._site)
         self._ledger.original(self._row, t)
         if self._keep:
-            return Kept(t, name)
+            return keep(t, name, self._around)
         if self._site is not None:
             self._saved.append(StorageWeakRef(t.untyped_storage()))
         if self._codes is None and self._bits:
@@ -202,7 +241,8 @@ class PackHook:
             self._beside.append(Beside(self._codes, functools.partial(self._inverse.standins, k), layout, name, step))
             return self._beside[-1]
         assert self._codes is not None
-        return Packed(self._codes, rows, plan.bits, layout, name, step)
+        codes = Handed(self._codes, self._around) if self._around is not None else self._codes
+        return Packed(codes, rows, plan.bits, layout, name, step)
 
     def finish(self, y: Tensor) -> None:
         """The call has its output."""
@@ -210,11 +250,12 @@ class PackHook:
             packed.rely_on(y)
         if self._site is not None and self._saved:
             treated = Verdict.OUTPUT if self._beside else Verdict.CODES
-            self._ledger.watch(Watch(self._site, self._saved, y, treated))
+            self._ledger.watch(Watch(self._site, self._saved, y, treated, self._beside))
 
     def release(self) -> None:
         """The call is over; see the note above."""
         del self._plan, self._x, self._ledger, self._site, self._row, self._codes, self._saved, self._beside
+        del self._around
 
     @property
     def _bits(self) -> int:
@@ -242,9 +283,10 @@ def run_coded(
     run: Callable[[], Any],
     site: Site | None = None,
     inverse: Inverse | Itself | None = None,
+    around: Hooks | None = None,
 ) -> Any:
     """Make a recognised call with our hooks around it; see `PackHook`."""
-    pack = PackHook(plan, x, ledger, site, inverse)
+    pack = PackHook(plan, x, ledger, site, inverse, around)
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             y = run()

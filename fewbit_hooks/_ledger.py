@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import _sites
-from ._modules import ModuleRef, enclosing_modules, innermost_module, outermost_module
+from ._modules import ModuleRef, enclosing_modules, innermost_module, model_of
 
 SWEEP = 4096
 """Storages pending before those already gone are struck off: bounds the ledger of a loop that never runs backward."""
@@ -134,7 +134,7 @@ class Ledger:
         with self._lock:
             row = self._open(activation, ref, bits, reason, how)
             if row.calls == 0 and ref is not None and (module := ref()) is not None:
-                row.model = weakref.ref(outermost_module() or module)
+                row.model = weakref.ref(model_of(module))
                 row.module_class = type(module).__name__
             row.calls += 1
             return row

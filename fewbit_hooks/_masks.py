@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _policy, _recipes, _recompute, ops
-from ._hooks import NO_GAIN, Kept
+from ._hooks import NO_GAIN, Handed, Hooks, Kept, keep
 from ._ledger import CODES, Ledger, Row, Step
 from ._mask_calls import MaskCall
 from ._policy import Keep
@@ -87,7 +87,7 @@ def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: 
             raise Keep(f"no bits are given for {call.name}")
     except Keep as keep:
         return _keep(ledger, call, str(keep), tensors, functools.partial(func, *args, **kwargs))
-    hook = MaskHook(call, tensors, ledger, settings.min_bytes, anchors=entry.recomputes)
+    hook = MaskHook(call, tensors, ledger, settings.min_bytes, entry.around, anchors=entry.recomputes)
     try:
         with torch.autograd.graph.saved_tensors_hooks(hook, _unpack):
             y = func(*args, **kwargs)
@@ -102,10 +102,12 @@ def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: 
 class PackedMask:
     """One bit an element in the place of a mask."""
 
-    __slots__ = ("__weakref__", "codes", "layout", "rows", "step")
+    __slots__ = ("__weakref__", "codes", "layout", "nbytes", "rows", "step")
 
-    def __init__(self, mask: Tensor, other: int, step: Step) -> None:
-        self.codes = ops.encode(mask, 1, ops.not_zero)
+    def __init__(self, mask: Tensor, other: int, step: Step, around: Hooks | None = None) -> None:
+        codes = ops.encode(mask, 1, ops.not_zero)
+        self.nbytes = codes.nbytes
+        self.codes = codes if around is None else Handed(codes, around)
         self.rows = ops.two_value_rows(other, mask.dtype, mask.device)
         self.layout = ops.Layout.of(mask)
         self.step = step
@@ -113,8 +115,9 @@ class PackedMask:
     def unpack(self) -> Tensor:
         """The mask, bit for bit."""
         self.step.unpacked()
+        codes = self.codes.unpack() if isinstance(self.codes, Handed) else self.codes
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            return ops.decode(self.codes, self.rows, 1, self.layout)
+            return ops.decode(codes, self.rows, 1, self.layout)
 
 
 class WaitingMask:
@@ -142,7 +145,7 @@ class WaitingMask:
             with torch._C.DisableTorchFunction(), torch.no_grad():
                 packed = PackedMask(mask, 1, self._step)
             with self._step.lock:
-                self._row.stored_bytes += packed.codes.nbytes
+                self._row.stored_bytes += packed.nbytes
             self._content = packed
             return False
         self._looks += 1
@@ -178,7 +181,7 @@ def _owners(t: Tensor) -> int:
     return owners - 1  # the Python object of the storage
 
 
-def _unpack(packed: PackedMask | WaitingMask | Kept) -> Tensor:
+def _unpack(packed: PackedMask | WaitingMask | Kept | Handed) -> Tensor:
     return packed.unpack()
 
 
@@ -186,15 +189,24 @@ class MaskHook:
     """The pack hook of one call that saves a mask.
 
     Args:
+        around: others' hooks around the scope.
         anchors: what is no mask, and so kept, serves to compute others again.
     """
 
-    __slots__ = ("_anchors", "_arguments", "_call", "_in_hand", "_ledger", "_min_bytes", "packed")
+    __slots__ = ("_anchors", "_arguments", "_around", "_call", "_in_hand", "_ledger", "_min_bytes", "packed")
 
     def __init__(
-        self, call: MaskCall, tensors: list[Tensor], ledger: Ledger, min_bytes: int, *, anchors: bool = False
+        self,
+        call: MaskCall,
+        tensors: list[Tensor],
+        ledger: Ledger,
+        min_bytes: int,
+        around: Hooks | None,
+        *,
+        anchors: bool = False,
     ) -> None:
         self._call = call
+        self._around = around
         self._anchors = anchors
         self._in_hand = call.returns or bool(call.mask)
         self._arguments = _arguments(call, tensors)
@@ -202,19 +214,20 @@ class MaskHook:
         self._min_bytes = min_bytes
         self.packed: PackedMask | None = None
 
-    def __call__(self, t: Tensor) -> PackedMask | WaitingMask | Kept:
+    def __call__(self, t: Tensor) -> PackedMask | WaitingMask | Kept | Handed:
         call, ledger = self._call, self._ledger
         if not _may_be_a_mask(t, self._arguments):
             return self._pass(t)
         if t.nbytes < max(self._min_bytes, 1):
             ledger.passed(call.name, _policy.SMALL, t.nbytes)
-            return Kept(t, call.name)
+            return keep(t, call.name, self._around)
         if ops.packed_bytes(t.numel(), 1) >= t.untyped_storage().nbytes():
             return self._keep(t, NO_GAIN)
         if t.is_cuda and t.dtype != torch.bool:
             # of attention's float tensors on CUDA nothing is known; dropout saves nothing but its noise
-            return self._keep(t, FLOATS) if call.name == "dropout" else Kept(t, call.name)
-        if self._in_hand and t.is_cuda and torch.cuda.is_current_stream_capturing():
+            return self._keep(t, FLOATS) if call.name == "dropout" else keep(t, call.name, self._around)
+        waits = self._in_hand and self._around is None  # the hooks around the scope take what they are given now
+        if waits and t.is_cuda and torch.cuda.is_current_stream_capturing():
             return self._keep(t, CAPTURING)
         with torch._C.DisableTorchFunction(), torch.no_grad():
             other = ops.second_value(t)
@@ -222,28 +235,28 @@ class MaskHook:
                 return self._pass(t)
             row = ledger.row(call.name, 1, how=CODES)
             ledger.original(row, t)
-            if self._in_hand:
+            if waits:
                 waiting = WaitingMask(t, call.name, row, ledger.step)
                 _waiting.masks.append(weakref.ref(waiting))
                 return waiting
-            packed = self.packed = PackedMask(t, other, ledger.step)
-        ledger.stored(row, packed.codes.nbytes)
+            packed = self.packed = PackedMask(t, other, ledger.step, self._around)
+        ledger.stored(row, packed.nbytes)
         return packed
 
     def release(self) -> None:
         """The call is over; the hook itself lives as long as the node."""
-        del self._call, self._arguments, self._ledger, self.packed
+        del self._call, self._arguments, self._around, self._ledger, self.packed
 
-    def _pass(self, t: Tensor) -> Kept:
+    def _pass(self, t: Tensor) -> Kept | Handed:
         """What is no mask."""
-        kept = Kept(t, self._call.name)
-        if self._anchors:
+        kept = keep(t, self._call.name, self._around)
+        if self._anchors and isinstance(kept, Kept):
             _recipes.anchor(t, kept)
         return kept
 
-    def _keep(self, t: Tensor, reason: str) -> Kept:
+    def _keep(self, t: Tensor, reason: str) -> Kept | Handed:
         self._ledger.original(self._ledger.row(self._call.name, None, reason), t)
-        return Kept(t, self._call.name)
+        return keep(t, self._call.name, self._around)
 
 
 def _arguments(call: MaskCall, tensors: list[Tensor]) -> set[int]:

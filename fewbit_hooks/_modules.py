@@ -40,6 +40,12 @@ def outermost_module() -> nn.Module | None:
     return model
 
 
+def model_of(module: nn.Module) -> nn.Module:
+    """The outermost module whose forward is running; the given one outside of any."""
+    model = outermost_module()
+    return module if model is None else model  # `or` would ask for its length, which raises in what torch.compile made
+
+
 def path(module: ModuleRef | None, model: ModuleRef | None) -> str:
     """`encoder.layer.0.intermediate`, as `model.named_modules()` names it; empty where it does not, or not any more."""
     found, root = (module() if module else None), (model() if model else None)

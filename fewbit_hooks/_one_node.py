@@ -42,8 +42,9 @@ def run_coded(
     """
     y: Tensor = _Coded.apply(x, plan, ledger, run, never_kept, inverse)  # type: ignore[no-untyped-call]
     if site is not None:
-        treated = Verdict.CODES if inverse is None else Verdict.OUTPUT
-        ledger.watch(Watch(site, [StorageWeakRef(x.untyped_storage())], y, treated))
+        beside = [] if inverse is None else [y.grad_fn.beside]  # type: ignore[union-attr]
+        treated = Verdict.OUTPUT if beside else Verdict.CODES
+        ledger.watch(Watch(site, [StorageWeakRef(x.untyped_storage())], y, treated, beside))
     return y
 
 

@@ -85,8 +85,14 @@ class Plan:
             )
         return saved[k]
 
-    def inverse(self, x: Tensor) -> Inverse | Itself | None:
-        """How to have the derivative of an input like `x` from the output; None where it cannot be had."""
+    def inverse(self, x: Tensor, *, copied: bool = False) -> Inverse | Itself | None:
+        """How to have the derivative of an input like `x` from the output; None where it cannot be had.
+
+        Args:
+            copied: from a copy of the output, which serves those that save their output as well as that.
+        """
+        if copied and self.activation.saves == "output" and _is_dense(x):
+            return Itself()
         if self.codebook is None:
             return Itself() if self._output_serves(x) else None
         if not self._inverse_sought:
@@ -95,7 +101,7 @@ class Plan:
         return self._inverse
 
     def _output_serves(self, x: Tensor) -> bool:
-        if ops.Layout.of(x).stride != x.stride():
+        if not _is_dense(x):
             return False  # the output lies in memory in another way, and which NaN counts depends on the position
         key = x.dtype, x.device
         if key not in self._serves_itself:
@@ -184,6 +190,10 @@ class Plan:
         self, values: np.ndarray[Any, np.dtype[np.float64]], dtype: torch.dtype
     ) -> np.ndarray[Any, np.dtype[Any]]:
         return self.coder(dtype, torch.device("cpu"))(torch.from_numpy(values).to(dtype)).numpy().astype(np.int8)
+
+
+def _is_dense(x: Tensor) -> bool:
+    return ops.Layout.of(x).stride == x.stride()
 
 
 def _on(values: np.ndarray[Any, np.dtype[np.float64]], dtype: torch.dtype, device: torch.device) -> Tensor:

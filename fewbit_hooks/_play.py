@@ -10,7 +10,7 @@ played is this:
 | the call                                               | what is held for it                  |
 | ------------------------------------------------------ | ------------------------------------ |
 | an activation whose input another node keeps           | nothing: it is left alone            |
-| whose output another node keeps                        | 0 or 1 bit an element, see below     |
+| whose output, or a copy of it, another node keeps      | 0 or 1 bit an element, see below     |
 | the same, with `recompute=True`                        | its input; the output is not kept    |
 | any other                                              | `bits` an element; 1 if two-valued   |
 | a mask (dropout)                                       | 1 bit an element                     |
@@ -25,18 +25,31 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from . import _policy, ops
+from ._copies import RECENT
 from ._policy import Settings
 from ._recipes import DEPTH
-from ._recording import ACTIVATION, CAST, CONSUMER, EXPOSURE, MASK, NORM, SOFTMAX, Operation, Ref, Saved
-from ._sites import Site, Verdict
+from ._recording import ACTIVATION, CAST, CONSUMER, COPY, EXPOSURE, MASK, NORM, SOFTMAX, Operation, Ref, Saved
+from ._sites import FROM_OUTPUT, Site, Verdict
 from ._treatment import SOURCE
 
 SHARED = "kept: somebody else keeps it"
 AGAIN, FROM_INPUT = "computed again", "computed again from its input"
+
+
+@dataclass(slots=True)
+class Watched:
+    """A call of which a site learns: what is played of `_sites.Watch`."""
+
+    site: Site
+    storages: list[int]
+    y: Ref
+    treated: Verdict
+    copies: list[Ref] = field(default_factory=list)
 
 
 class Step:
@@ -62,7 +75,7 @@ class Step:
         self.kept: dict[int, str] = {}
         self._keepers: Counter[int] = Counter()
         self._waiting: list[Saved] = []
-        self._watches: list[tuple[Site, list[int], Ref, Verdict]] = []
+        self._watches: list[Watched] = []
         self._origins: dict[int, tuple[Operation, Site | None]] = {}
         self._anchors: dict[int, Ref] = {}
         self._versions: dict[int, int] = {}
@@ -79,6 +92,8 @@ class Step:
                 self.play(part)
         elif operation.kind == ACTIVATION:
             self._activation(operation)
+        elif operation.kind == COPY:
+            self._copy(operation)
         elif operation.kind == MASK:
             self._mask(operation)
         elif operation.kind == EXPOSURE and operation.x is not None:
@@ -103,11 +118,14 @@ class Step:
             else:
                 self._code([tensor], 1, "1 bit, exact")
         alive = self.held.keys() | set(self._own)
-        for site, storages, y, treated in self._watches:
-            if Verdict.OUTPUT in (treated, site.expected) and self._versions[y.storage] != y.version:
+        for watch in self._watches:
+            site, relied = watch.site, watch.copies if watch.site.expected is Verdict.COPY else [watch.y]
+            if site.expected in FROM_OUTPUT and any(self._versions[ref.storage] != ref.version for ref in relied):
                 site.output_changes = True
                 site.forget()
-            site.see(all(s in alive for s in storages), y.storage in alive, treated, self._number)
+            input_kept = all(storage in alive for storage in watch.storages)
+            copy_kept = bool(watch.copies) and all(copy.storage in alive for copy in watch.copies)
+            site.see(input_kept, watch.y.storage in alive, copy_kept, watch.treated, self._number)
 
     # --- the calls ---
 
@@ -142,7 +160,7 @@ class Step:
             if verdict is Verdict.INPUT:
                 self._watch(operation, [], verdict)
             return
-        beside = operation.beside if verdict is Verdict.OUTPUT else None
+        beside = {Verdict.OUTPUT: operation.beside, Verdict.COPY: operation.beside_copy}.get(verdict)
         bits = beside if beside is not None else 1 if operation.exact else self._bits
         if operation.one_node:
             coded = saved
@@ -163,6 +181,17 @@ class Step:
         self._watch(operation, storages, Verdict.CODES if beside is None else Verdict.OUTPUT)
         if not operation.exact and (site is not None or not operation.one_node):
             self._note(operation, site)
+
+    def _copy(self, operation: Operation) -> None:
+        self.hold(self._tensors(operation))
+        x, y = operation.x, operation.y
+        watch = next((w for w in reversed(self._watches[-RECENT:]) if x is not None and w.y.storage == x.storage), None)
+        if watch is None or x is None or y is None or watch.y.version != x.version:
+            return
+        watch.copies.append(y)
+        if watch.site.verdict is Verdict.COPY and watch.treated is Verdict.OUTPUT:
+            self.held.pop(x.storage, None)
+            self.held[y.storage] = y.nbytes
 
     def _leave(self, operation: Operation, reason: str, site: Site | None = None) -> None:
         self.hold(self._tensors(operation), reason)
@@ -255,7 +284,7 @@ class Step:
 
     def _watch(self, operation: Operation, storages: list[int], treated: Verdict) -> None:
         if operation.site is not None and operation.y is not None:
-            self._watches.append((operation.site, storages, operation.y, treated))
+            self._watches.append(Watched(operation.site, storages, operation.y, treated))
 
     # --- recipes ---
 

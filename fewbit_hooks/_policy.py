@@ -170,10 +170,10 @@ def traced() -> bool:
     )
 
 
-def innermost_hooks() -> object:
-    """The pack hook that autograd would call now; None where there is none."""
+def innermost_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """The pack hook and the unpack hook that autograd would call now; None where there are none."""
     top = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return top[0] if top is not None else None
+    return (top[0], top[1]) if top is not None else None
 
 
 _plans: dict[Any, Plan] = {}

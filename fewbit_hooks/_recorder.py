@@ -135,8 +135,8 @@ class Recorder(TorchFunctionMode):
             result = func(*args, **kwargs)
             if self._current.operation is None and not _is_attribute(func):
                 innermost = _policy.innermost_hooks()
-                if innermost is not self._pack_hook:
-                    self.others[getattr(innermost, "__module__", "")] += 1
+                if innermost is None or innermost[0] is not self._pack_hook:
+                    self.others[getattr(innermost and innermost[0], "__module__", "")] += 1
             with torch._C.DisableTorchFunction():
                 self._finish(self._current, result)
             return result

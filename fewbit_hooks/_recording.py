@@ -16,9 +16,10 @@ from ._modules import ModuleRef
 from ._sites import Site
 
 IN, OUT, MADE = "input", "output", "made by the call"
-OTHER, ACTIVATION, MASK, NORM, SOFTMAX, CAST, CONSUMER, EXPOSURE, CHANGE = (
+OTHER, ACTIVATION, COPY, MASK, NORM, SOFTMAX, CAST, CONSUMER, EXPOSURE, CHANGE = (
     "other",
     "activation",
+    "copy",
     "mask",
     "norm",
     "softmax",
@@ -54,8 +55,9 @@ class Operation:
         name: of the torch call, the activation, the module that is run as one node, or the custom Function.
         module, model: the innermost and the outermost module it was made in.
         custom: it is a custom autograd Function.
-        kind: what a scope sees in it: an activation; a mask call (dropout); a change in place; with `recompute=True`,
-            a norm, a softmax, a cast, a consumer (Linear, product), the exposure of a tensor's memory; or nothing.
+        kind: what a scope sees in it: an activation; a copy; a mask call (dropout); a change in place; with
+            `recompute=True`, a norm, a softmax, a cast, a consumer (Linear, product), the exposure of a tensor's
+            memory; or nothing.
         reason: why a scope would keep a recognised call as it is; empty where it would not.
         site: the place in the model that it came from; None outside of any module.
         x, y: its input and its output.
@@ -63,6 +65,7 @@ class Operation:
         exact: the activation's derivative has two values.
         saves_input: the activation's node does.
         beside: bits an element that its derivative takes beside its output; None where it cannot be had from it.
+        beside_copy: the same, beside a copy of its output.
         one_node: a scope treats it as a whole: runs it as one node, or again.
         parts: the calls of its primitives, if it is a module.
         within: the module that would be treated as a whole, in which it was made.
@@ -86,6 +89,7 @@ class Operation:
     exact: bool = False
     saves_input: bool = False
     beside: int | None = None
+    beside_copy: int | None = None
     one_node: bool = False
     parts: list[Operation] = field(default_factory=list)
     within: Operation | None = None

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from . import _built_in, _compiled, _masks, _policy, _recipes, _recompute, _stack, _treatment
+from . import _built_in, _compiled, _copies, _masks, _policy, _recipes, _recompute, _stack, _treatment
 from ._calls import BACKWARD, RECOGNISED
 from ._errors import FewbitError, FewbitTypeError, FewbitWarning
 from ._ledger import Ledger
@@ -254,6 +254,8 @@ class _Mode(TorchFunctionMode):
             return func(*args, **kwargs)
         if torch.compiler.is_compiling():
             return _compiled.run(self.entry.coding, call, func, args, kwargs)
+        if call is _copies.COPY:
+            return _copies.run(self.entry, func, args, kwargs)
         if torch._C._get_tracing_state() is not None:
             # the same line with and without gradients: torch.jit.trace compares where its two runs' calls come from
             if torch.is_grad_enabled():

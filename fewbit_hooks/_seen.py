@@ -12,13 +12,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from . import _composites, _consumers, _policy, _recompute, _treatment, ops
+from . import _composites, _consumers, _copies, _policy, _recompute, _treatment, ops
 from ._calls import RECOGNISED, Call
 from ._composites import Composite
 from ._mask_calls import MaskCall
 from ._masks import PLAIN_DROPOUT
 from ._recompute_calls import RECOMPUTE, RecomputeCall
-from ._recording import ACTIVATION, CAST, CHANGE, CONSUMER, EXPOSURE, MADE, MASK, NORM, SOFTMAX, Ref, Saved
+from ._recording import ACTIVATION, CAST, CHANGE, CONSUMER, COPY, EXPOSURE, MADE, MASK, NORM, SOFTMAX, Ref, Saved
 from ._sites import Sites
 
 What: TypeAlias = dict[str, Any]
@@ -50,6 +50,9 @@ class Seen:
         call, again = RECOGNISED.get(function), RECOMPUTE.get(function)
         if isinstance(call, MaskCall):
             return self._mask_call(call, function, call.given(args, kwargs), y, kept)
+        if call is _copies.COPY:
+            copies = _copies.inside(args, kwargs, y) is not None
+            return {"kind": COPY, "x": self.ref(call.input(args, kwargs))} if copies else {}
         if call is not None:
             return self._activation(call, function, args, kwargs, y)
         if again is not None:
@@ -100,8 +103,11 @@ class Seen:
                 raise _policy.Keep(_policy.CAPTURED)
         except _policy.Keep as keep:
             return {"reason": str(keep)}
-        inverse = plan.inverse(x)
-        return {"beside": inverse.bits if inverse is not None else None}
+        inverse, from_copy = plan.inverse(x), plan.inverse(x, copied=True)
+        return {
+            "beside": inverse.bits if inverse is not None else None,
+            "beside_copy": from_copy.bits if from_copy is not None else None,
+        }
 
     def composite(
         self, composite: Composite, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

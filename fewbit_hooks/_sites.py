@@ -11,7 +11,7 @@ came (one ReLU module may serve at three places).
    Modules still in their forward are left out: their local variables are alive.
 3. Two steps in a row that agree decide. *Input kept*: coding frees nothing, the call is left alone. *Output kept*: f'
    is had from the output, and the input goes (NOTE [ Beside a kept output ]), unless the output was seen to be changed
-   in place. *Neither*: codes.
+   in place. *A copy of the output kept*: the same, from the copy (NOTE [ Beside a copy ]). *Neither*: codes.
 4. Every `LOOK_AGAIN` steps, and when a module's mode or a parameter's `requires_grad` changes, a site is unknown again.
 
 Only sites inside a module are learned: a bare call with a variable that still holds its input says nothing about the
@@ -24,16 +24,17 @@ import enum
 import sys
 import threading
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ._modules import CALL_IMPL, ModuleRef, outermost_module
+from ._modules import CALL_IMPL, ModuleRef, model_of
 
 LOOK_AGAIN = 64
 """Steps after which a site is looked at again: a change that nothing announces costs memory for that long at most."""
@@ -50,7 +51,12 @@ class Verdict(enum.Enum):
     CODES = "codes"
     LEAVE = "leave"
     OUTPUT = "output"
+    COPY = "copy"  # a copy of the output
     INPUT = "input"  # never learned: OUTPUT where those that keep the output can compute it again from the input
+
+
+FROM_OUTPUT = frozenset({Verdict.OUTPUT, Verdict.COPY})
+"""Where the derivative is had from the output."""
 
 
 class Site:
@@ -60,7 +66,7 @@ class Site:
         module: whose forward makes the call.
         model: the outermost module around it.
         verdict: what is to be done there.
-        output_changes: its output was seen to be changed in place, so that it is never relied upon.
+        output_changes: its output, or the copy, was seen to be changed in place, so that it is never relied upon.
         output_stays: its output was seen to be kept although all that is known to keep it can compute it again.
 
     Something made of the output may be what is kept, the output with dropout say. Whether it could be computed again,
@@ -85,7 +91,7 @@ class Site:
 
     def __init__(self, module: nn.Module, code: CodeType | None) -> None:
         self.module: ModuleRef = weakref.ref(module)
-        self.model: ModuleRef = weakref.ref(outermost_module() or module)
+        self.model: ModuleRef = weakref.ref(model_of(module))
         self._code = code  # kept, so that its address, part of the key, is not used again
         self._training = module.training
         self.output_changes = False
@@ -137,8 +143,9 @@ class Site:
         self._step = step
         self.verdict = self._found if self._agreed >= AGREE else Verdict.UNKNOWN
 
-    def see(self, input_kept: bool, output_kept: bool, treated: Verdict, step: int) -> None:
-        """The forward is over: whether what a call's node would have kept, and its output, are kept by somebody else.
+    def see(self, input_kept: bool, output_kept: bool, copy_kept: bool, treated: Verdict, step: int) -> None:
+        """The forward is over: whether what a call's node would have kept, its output, and copies of that are kept by
+        somebody else.
 
         Args:
             treated: as what the call was treated; see `Watch`.
@@ -149,8 +156,10 @@ class Site:
             self.output_stays |= output_kept
         elif input_kept:
             self.learn(Verdict.LEAVE, step)
+        elif self.output_changes or not (output_kept or copy_kept):
+            self.learn(Verdict.CODES, step)
         else:
-            self.learn(Verdict.OUTPUT if output_kept and not self.output_changes else Verdict.CODES, step)
+            self.learn(Verdict.OUTPUT if output_kept else Verdict.COPY, step)
 
     def treatment(self, recompute: bool, step: int) -> Verdict:
         """The verdict; INPUT where those that keep the output, or something made of it, can compute it again."""
@@ -161,6 +170,16 @@ class Site:
         return self.verdict
 
 
+class Relying(Protocol):
+    """A packed object that has the derivative from an output."""
+
+    def rely_on(self, y: Tensor) -> None:
+        """Have it from this one, from now on."""
+
+    def has_changed(self) -> bool:
+        """Whether what is relied on has been changed in place."""
+
+
 class Watch:
     """One call, whose storages are looked at when the forward is over.
 
@@ -168,34 +187,69 @@ class Watch:
         site: where the call was made.
         saved: the storages that its node would have kept.
         output: the storage of its output.
-        held: the output itself, for its version alone.
-        treated: as what the call was treated. OUTPUT: the derivative is taken from the output already, and its packed
-            object holds it. INPUT: the input is kept so that the output need not be.
+        copies: those of copies of it.
+        treated: as what the call was treated. OUTPUT: the derivative is taken from the output or a copy already, and
+            its packed object holds it. INPUT: the input is kept so that the output need not be.
+        relying: the packed objects that hold the output, or a copy; weak, for a graph may be dropped before the look.
+        held: the output or copies, each with its version: held for that alone, at a site that will soon rely on it.
     """
 
-    __slots__ = ("_version", "held", "output", "saved", "site", "thread", "treated")
+    __slots__ = (
+        "_shape",
+        "_stride",
+        "_version",
+        "copies",
+        "held",
+        "output",
+        "relying",
+        "saved",
+        "site",
+        "thread",
+        "treated",
+    )
 
     def __init__(
-        self, site: Site, saved: list[StorageWeakRef], output: Tensor, treated: Verdict = Verdict.UNKNOWN
+        self,
+        site: Site,
+        saved: list[StorageWeakRef],
+        output: Tensor,
+        treated: Verdict = Verdict.UNKNOWN,
+        relying: Iterable[Relying] = (),
     ) -> None:
         self.site = site
         self.thread = threading.get_ident()
         self.saved = saved
         self.output = StorageWeakRef(output.untyped_storage())
+        self.copies: list[StorageWeakRef] = []
         self.treated = treated
-        relied = treated is Verdict.OUTPUT or site.expected is Verdict.OUTPUT
-        self.held = output.detach() if relied else None
-        self._version = output._version
+        self.relying = [weakref.ref(packed) for packed in relying]
+        self.held: list[tuple[Tensor, int]] = []
+        self._shape, self._stride, self._version = output.shape, output.stride(), output._version
+        if site.expected is Verdict.OUTPUT and treated in (Verdict.UNKNOWN, Verdict.CODES):
+            self.held.append((output.detach(), output._version))
+
+    def follow(self, y: Tensor, copy: Tensor) -> None:
+        """A copy was made of `y`, which is the output, or another tensor on its storage."""
+        if y._version != self._version or y.shape != self._shape or y.stride() != self._stride:
+            return
+        self.copies.append(StorageWeakRef(copy.untyped_storage()))
+        if self.treated is not Verdict.OUTPUT and self.site.expected is Verdict.COPY:
+            self.held.append((copy, copy._version))
+        if self.site.verdict is Verdict.COPY:
+            for ref in self.relying:
+                if (packed := ref()) is not None:
+                    packed.rely_on(copy)
 
     def look(self, step: int) -> None:
         """See which storages are alive, and learn of it."""
-        if self.held is not None:
-            if self.held._version != self._version:
-                self.site.output_changes = True
-                self.site.forget()
-            self.held = None  # or our own reference would be what keeps it
+        changed = any(tensor._version != version for tensor, version in self.held)
+        self.held.clear()  # or our own references would be what keeps them
+        if changed or any(packed.has_changed() for ref in self.relying if (packed := ref()) is not None):
+            self.site.output_changes = True
+            self.site.forget()
         input_kept = all(not storage.expired() for storage in self.saved)
-        self.site.see(input_kept, not self.output.expired(), self.treated, step)
+        copy_kept = bool(self.copies) and all(not storage.expired() for storage in self.copies)
+        self.site.see(input_kept, not self.output.expired(), copy_kept, self.treated, step)
 
 
 @dataclass

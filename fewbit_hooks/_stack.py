@@ -36,7 +36,8 @@ class Entry:
     """One entry of a scope on one thread.
 
     Attributes:
-        hooks: the innermost saved-tensor pack hook when the scope was entered: others that come later go before ours.
+        around: the innermost saved-tensor hooks when the scope was entered: what ours make goes through these.
+        hooks: their pack hook: others that come later go before ours.
         coding: what is coded in compiled graphs; None where nothing is.
         recomputes: the scope has `recompute=True`, and measures not only.
         fuses: the scope has `engine="fused"`, and computes nothing again: see NOTE [ What is fused ] in `_fused.py`.
@@ -46,11 +47,12 @@ class Entry:
         pushed: this entry put the mode on the thread's stack of modes.
     """
 
-    __slots__ = ("coding", "enabled", "fuses", "hooks", "inert", "inside", "pushed", "recomputes", "scope")
+    __slots__ = ("around", "coding", "enabled", "fuses", "hooks", "inert", "inside", "pushed", "recomputes", "scope")
 
     def __init__(self, scope: scope, *, inert: bool, enabled: bool) -> None:
         self.scope = scope
-        self.hooks = None if inert else innermost_hooks()
+        self.around = None if inert else innermost_hooks()
+        self.hooks = self.around[0] if self.around is not None else None
         self.coding = coding(scope._settings)
         self.recomputes = scope._settings.recompute and scope._settings.bits is not None
         self.fuses = scope._settings.engine == "fused" and not self.recomputes

@@ -16,7 +16,7 @@ from ._inverse import Itself
 from ._ledger import HELD, Ledger
 from ._plan import Plan
 from ._policy import Keep
-from ._sites import Site, Verdict, Watch
+from ._sites import FROM_OUTPUT, Site, Verdict, Watch
 from ._stack import Entry
 
 NO_BYTES = frozenset({_policy.CHECKPOINT, _policy.HOOKS, _policy.TRANSFORM, _policy.FORWARD_AD})
@@ -118,7 +118,7 @@ def as_one_node(
         y = again(entry, name, forward, x, never_kept, site)
         _watch_input(ledger, site, verdict, y)
         return y
-    inverse = plan.inverse(x) if verdict is Verdict.OUTPUT else None
+    inverse = plan.inverse(x) if verdict in FROM_OUTPUT else None
     assert not isinstance(inverse, Itself)  # that is for activations of two values
     y = _one_node.run_coded(plan, ledger, x, run_it, never_kept, site, inverse)
     if entry.recomputes and site is not None:
@@ -136,12 +136,12 @@ def _as_it_is(entry: Entry, call: Call, plan: Plan, x: Tensor, run_it: functools
         y = leave(entry, call, HELD if verdict is Verdict.LEAVE else SOURCE, x, run_it, site)
         _watch_input(ledger, site, verdict, y)
         return y
-    inverse = plan.inverse(x) if verdict is Verdict.OUTPUT else None
+    inverse = plan.inverse(x, copied=verdict is Verdict.COPY) if verdict in FROM_OUTPUT else None
     if inverse is None and entry.fuses:
         fused = _fused.run(plan, ledger, x, site)
         if fused is not None:
             return fused
-    y = _hooks.run_coded(plan, ledger, x, run_it, site, inverse)
+    y = _hooks.run_coded(plan, ledger, x, run_it, site, inverse, entry.around)
     if entry.recomputes and not plan.inplace and plan.codebook is not None and isinstance(y, Tensor):
         _recompute.note_activation(run_it, x, y, site=(site, ledger.coming_step) if site is not None else None)
     return y

@@ -294,7 +294,7 @@ def test_h7_hooks_entered_inside_the_scope_get_the_true_tensor(x: Tensor) -> Non
     assert reasons(memory) == {"inside other saved-tensor hooks"}
 
 
-def test_h7_hooks_entered_outside_the_scope_see_the_other_tensors_and_ours_the_activations(x: Tensor) -> None:
+def test_h7_hooks_entered_outside_the_scope_see_the_other_tensors_and_the_codes_of_the_activations(x: Tensor) -> None:
     seen: list[Tensor] = []
     theirs = saved_tensors_hooks(lambda t: seen.append(t.detach()) or t.detach(), lambda t: t)
     with theirs, fewbit.scope(bits=3, min_bytes=0):
@@ -302,8 +302,10 @@ def test_h7_hooks_entered_outside_the_scope_see_the_other_tensors_and_ours_the_a
         y = F.gelu(h)
         z = y * y
     assert isinstance(data(y), Packed)
-    assert all(torch.equal(t, y) for t in seen)
-    assert len(seen) == 2
+    codes, *others = seen
+    assert (codes.dtype, codes.shape) == (torch.uint8, (h.numel() * 3 // 8,))
+    assert len(others) == 2
+    assert all(torch.equal(t, y) for t in others)
     z.sum().backward()
     torch.testing.assert_close(x.grad, 2 * (2 * y).detach() * gradient(F.gelu, h))
 

@@ -269,11 +269,11 @@ def test_the_users_hooks_around_a_part_of_the_scope_keep_that_part_exact(x: Tens
         a = F.gelu(x)
         with saved_tensors_hooks(lambda t: packed.append(t.shape) or t.detach(), lambda t: t):
             b = F.silu(x)
-            with few(2):  # and a scope inside those hooks codes again
+            with few(2):  # and a scope inside those hooks codes again, and hands them the codes
                 c = torch.tanh(x)
         d = F.mish(x)
     (a + b + c + d).sum().backward()
-    assert packed == [x.shape]
+    assert packed == [x.shape, (x.numel() * 2 // 8,)]
     assert {row.activation: row.bits for row in memory.report().rows} == {"gelu": 3, "silu": None, "mish": 3}
 
 

@@ -206,3 +206,26 @@ def test_reading_a_report_does_not_change_it() -> None:
         y = F.gelu(torch.randn(64, 64, requires_grad=True) * 1)
     assert memory.report() == memory.report()
     assert y.requires_grad
+
+
+@pytest.mark.parametrize("length", [0, None], ids=["empty", "raises"])
+def test_a_model_is_not_asked_for_its_length(length: int | None) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64), nn.Dropout(0.5))
+
+        def __len__(self) -> int:
+            if length is None:
+                raise TypeError("no length")
+            return length
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)
+
+    model, opened = Model(), fewbit.scope(min_bytes=0)
+    for _ in range(3):
+        with opened:
+            loss = model(torch.randn(64, 64)).sum()
+        loss.backward()
+    assert [row.module for row in opened.report().rows] == ["inner.1", "inner.3"]

@@ -17,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import fewbit_hooks as fewbit
@@ -58,6 +61,20 @@ class Chain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(self.between(self.a(x)))
+
+
+class Storages(TorchDispatchMode):
+    """Lists the storages that come to be inside it."""
+
+    def __enter__(self) -> list[StorageWeakRef]:
+        self.made: list[StorageWeakRef] = []
+        super().__enter__()
+        return self.made
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.made += [StorageWeakRef(t.untyped_storage()) for t in tree_leaves(result) if isinstance(t, Tensor)]
+        return result
 
 
 class Gated(nn.Module):
@@ -290,6 +307,21 @@ def test_each_consumer_keeps_a_recipe_in_the_place_of_its_input(consumer: str) -
     assert all(torch.equal(a, b) for a, b in zip(again, stock, strict=True))
     assert set(stock_held) == {"y", "k"}
     assert set(held) == {"k"}
+
+
+@pytest.mark.parametrize("between", [F.silu, F.gelu, lambda h: F.silu(h) * h], ids=["silu", "gelu", "product"])
+def test_what_is_computed_again_is_gone_while_the_forward_still_runs(
+    between: Callable[[Tensor], Tensor], x: Tensor
+) -> None:
+    # the peak is at the end of the forward: what watches the calls must not hold their results until then
+    model, opened = Chain(between), few(recompute=True)
+    for _ in range(4):
+        with opened, Storages() as storages:
+            loss = model(x).square().mean()
+            inside = [not storage.expired() for storage in storages]
+        assert [not storage.expired() for storage in storages] == inside
+        loss.backward()
+    assert sum(inside) < len(inside)
 
 
 def test_a_gated_unit_keeps_gate_and_up_only(x: Tensor) -> None:

@@ -9,6 +9,10 @@ from ._coders import look_up
 from ._layout import Layout, chunks
 from ._torch import unpack_bits
 
+CHUNK_BESIDE = 1 << 17
+"""(measured, CPU, 2 cores, float32) 2.0 to 2.4 ns an element, and 3.2 with `_layout.CHUNK`: there is more between the
+output and the result than a core's cache holds of that."""
+
 
 def decode_beside(output: Tensor, packed: Tensor | None, table: Tensor, layout: Layout) -> Tensor:
     """A tensor of the given layout that holds, for each element, the table's entry at its output and its bit.
@@ -30,12 +34,12 @@ def decode_beside(output: Tensor, packed: Tensor | None, table: Tensor, layout: 
         output = torch.empty_strided(layout.shape, layout.stride, dtype=output.dtype, device=output.device).copy_(
             output
         )
-    for start, chunk in chunks(output):
+    for start, chunk in chunks(output, 0 if output.is_cuda else CHUNK_BESIDE):
         stop = start + chunk.numel()
         half = chunk if chunk.dtype == torch.bfloat16 else chunk.half()
-        index = half.view(torch.uint16).to(torch.int64)
+        index = half.view(torch.uint16).to(torch.int32)
         if packed is not None:
             side = unpack_bits(packed[start // 8 : (stop + 7) // 8], 1, chunk.numel())
-            index += side.to(torch.int64) << 16
+            index.add_(side, alpha=1 << 16)  # (measured, CPU) 0.16 ns an element; to an int64 index it takes 0.8
         look_up(table, index, flat[start:stop])
     return result

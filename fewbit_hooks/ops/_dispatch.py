@@ -204,5 +204,9 @@ def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
     >>> unpack_bits(torch.tensor([209, 0], dtype=torch.uint8), 3, 3)
     tensor([1, 2, 3], dtype=torch.uint8)
     """
+    kernels = backend(packed.device).kernels
+    if kernels is None:
+        return _torch.unpack_bits(packed, bits, n)
     layout = Layout((n,), (1,), torch.uint8, packed.device)
-    return decode(packed, _torch.code_rows(bits, packed.device), bits, layout)
+    codes: Tensor = kernels.decode(packed, _torch.code_rows(bits, packed.device), bits, layout)
+    return codes

@@ -44,14 +44,14 @@ def chunk_size(device: torch.device) -> int:
     return CHUNK_CUDA if device.type == "cuda" else CHUNK
 
 
-def chunks(x: Tensor) -> Iterator[tuple[int, Tensor]]:
+def chunks(x: Tensor, step: int = 0) -> Iterator[tuple[int, Tensor]]:
     """The elements of `x`, in the memory order of its `Layout`, as `(start, contiguous 1-D piece)`.
 
-    Every piece but the last has `chunk_size` elements. The pieces of a dense tensor are views of it;
-    of any other tensor (sliced, expanded, overlapping) one piece at a time is copied.
+    Every piece but the last has `step` elements, `chunk_size` if that is 0. The pieces of a dense tensor are views of
+    it; of any other tensor (sliced, expanded, overlapping) one piece at a time is copied.
     """
     in_order = in_memory_order(x)
-    n, step = x.numel(), chunk_size(x.device)
+    n, step = x.numel(), step or chunk_size(x.device)
     if 0 < n <= step and in_order.dim() == 1:  # the usual case, which is spared the slicing
         yield 0, in_order.contiguous()
         return
