@@ -4,6 +4,11 @@
 
 All runs of a row share one process and are interleaved, so that whatever else the machine does hits them alike;
 figures are medians. Runs on the first CUDA device where there is one, else on the CPU.
+
+On CUDA, where Triton works, there are three rows for each dtype and number of bits, by backend: plain torch, Triton's
+kernels, and the fused engine, whose encode makes gelu's output, too, and whose decode is the whole backward. Each row
+says what fraction of the device's copy bandwidth encode and decode reach: the bytes that must be read and written, over
+the time, over the same of a copy of the tensor.
 """
 
 from __future__ import annotations
@@ -20,8 +25,10 @@ import torch.nn.functional as F
 
 import fewbit_hooks as fewbit
 from fewbit_hooks import ops
+from fewbit_hooks.ops import _torch
 
-COLUMNS = ("bits", "dtype", "elements", "encode", "decode", "gelu f+b", "ratio")
+COLUMNS = ("bits", "dtype", "elements", "backend", "encode", "decode", "gelu f+b", "ratio", "encode bw", "decode bw")
+Runs = dict[str, Callable[[], object]]
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -38,24 +45,62 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def measure(bits: int, dtype: torch.dtype, elements: int, device: torch.device, repeats: int) -> dict[str, float]:
-    """Median ns an element of encode, decode, and gelu forward + backward."""
-    x = torch.randn(elements, device=device).to(dtype).requires_grad_()
-    grad = torch.randn(elements, device=device).to(dtype)
+def backends(device: torch.device) -> list[str]:
+    """What can code there."""
+    found = ["torch"]
+    if device.type == "cuda":
+        found += ["triton"] * (ops.backend(device).kernels is not None)
+        found += ["fused"] * (ops.fused_backend(device).kernels is not None)
+    return found
+
+
+def make_runs(backend: str, bits: int, x: torch.Tensor, grad: torch.Tensor) -> Runs:
+    """Encoding and decoding by one backend."""
     codebook = fewbit.codebook("gelu", bits)
     coder = ops.Thresholds(codebook.boundaries, codebook.folded)
-    rows = ops.rows(torch.linspace(-1, 1, 1 << bits, device=device).to(dtype), bits)  # any values take the same time
-    layout, packed = ops.Layout.of(x), ops.encode(x, bits, coder)
-    runs: dict[str, Callable[[], object]] = {
-        "encode": lambda: ops.encode(x, bits, coder),
-        "decode": lambda: ops.decode(packed, rows, bits, layout),
-        "gelu f+b": lambda: torch.autograd.grad(F.gelu(x), x, grad),
+    values, layout = (
+        torch.linspace(-1, 1, 1 << bits, device=x.device),
+        ops.Layout.of(x),
+    )  # any values take the same time
+    if backend == "fused":
+        kernels = ops.fused_backend(x.device).kernels
+        no_parameters = torch.zeros(1, device=x.device)
+        _, packed = kernels.forward("gelu", x, bits, coder, no_parameters)
+        return {
+            "encode": lambda: kernels.forward("gelu", x, bits, coder, no_parameters),
+            "decode": lambda: kernels.backward(grad, packed, bits, values, layout),
+        }
+    kernels = _torch if backend == "torch" else ops.backend(x.device).kernels
+    table, packed = ops.rows(values.to(x.dtype), bits), _torch.encode(x, bits, coder)
+    return {
+        "encode": lambda: kernels.encode(x, bits, coder),
+        "decode": lambda: kernels.decode(packed, table, bits, layout),
     }
+
+
+def measure(bits: int, dtype: torch.dtype, elements: int, device: torch.device, repeats: int) -> list[tuple]:
+    """For each backend the median ns an element, the ratio, and the fractions of copy bandwidth."""
+    x = torch.randn(elements, device=device).to(dtype).requires_grad_()
+    grad = torch.randn(elements, device=device).to(dtype)
+    into = torch.empty_like(grad)
+    runs: Runs = {"gelu f+b": lambda: torch.autograd.grad(F.gelu(x), x, grad), "copy": lambda: into.copy_(grad)}
+    for backend in backends(device):
+        made = make_runs(backend, bits, x.detach(), grad)
+        runs |= {f"{backend} {name}": run for name, run in made.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats + 1):
         for name, run in runs.items():
             times[name].append(seconds(run, device))
-    return {name: statistics.median(each[1:]) / elements * 1e9 for name, each in times.items()}  # the first warms up
+    ns = {name: statistics.median(each[1:]) / elements * 1e9 for name, each in times.items()}  # the first warms up
+    rows = []
+    for backend in backends(device):
+        encode, decode, gelu = ns[f"{backend} encode"], ns[f"{backend} decode"], ns["gelu f+b"]
+        moved = dtype.itemsize * (2 if backend == "fused" else 1) + bits / 8  # bytes an element, in each direction
+        per_ns = 2 * dtype.itemsize / ns["copy"]
+        rows.append(
+            (backend, encode, decode, gelu, (encode + decode) / gelu, *(moved / t / per_ns for t in (encode, decode)))
+        )
+    return rows
 
 
 def main() -> None:
@@ -67,20 +112,22 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chip = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"machine  {platform.platform()}, {platform.machine()}, {chip}")
-    print(f"versions python {platform.python_version()}, torch {torch.__version__}, fewbit_hooks.ops in plain torch")
-    print("ns an element; ratio = (encode + decode) / (gelu f+b)\n")
-    print("{:>4}  {:>8}  {:>8}  {:>7}  {:>7}  {:>8}  {:>6}".format(*COLUMNS))
+    triton = str(ops.backend(device)) if device.type == "cuda" else "torch"
+    print(f"versions python {platform.python_version()}, torch {torch.__version__}, fewbit_hooks.ops: {triton}")
+    print("ns an element; ratio = (encode + decode) / (gelu f+b); bw: fraction of the bandwidth of a copy\n")
+    print("{:>4}  {:>8}  {:>8}  {:>7}  {:>7}  {:>7}  {:>8}  {:>9}  {:>9}  {:>9}".format(*COLUMNS))
 
     table = []
-    for exponent in (20, 22) if arguments.quick else (22, 24):
+    for exponent in (20, 22) if arguments.quick else (24, 28) if device.type == "cuda" else (22, 24):
         for dtype in (torch.float32, torch.bfloat16):
             for bits in range(1, 9):
-                ns = measure(bits, dtype, 1 << exponent, device, repeats=5 if arguments.quick else 9)
-                encode, decode, gelu = ns["encode"], ns["decode"], ns["gelu f+b"]
-                name, ratio = str(dtype).removeprefix("torch."), (encode + decode) / gelu
-                figures = f"{encode:>7.3f}  {decode:>7.3f}  {gelu:>8.3f}  {ratio:>6.2f}"
-                print(f"{bits:>4}  {name:>8}  {f'2^{exponent}':>8}  {figures}", flush=True)
-                table.append((bits, name, 1 << exponent, *(round(v, 4) for v in (encode, decode, gelu, ratio))))
+                for row in measure(bits, dtype, 1 << exponent, device, repeats=5 if arguments.quick else 9):
+                    backend, *figures = row
+                    name = str(dtype).removeprefix("torch.")
+                    encode, decode, gelu, *fractions = figures
+                    said = f"{encode:>7.3f}  {decode:>7.3f}  {gelu:>8.3f}  {'  '.join(f'{v:>9.2f}' for v in fractions)}"
+                    print(f"{bits:>4}  {name:>8}  {f'2^{exponent}':>8}  {backend:>7}  {said}", flush=True)
+                    table.append((bits, name, 1 << exponent, backend, *(round(v, 4) for v in figures)))
 
     if arguments.csv:
         with open(arguments.csv, "w", newline="") as file:

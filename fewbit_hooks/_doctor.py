@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from . import __version__
+from . import __version__, ops
 from ._activations import activations
 from ._catalog import codebook
 from ._codebook import Codebook
@@ -33,12 +33,17 @@ def doctor() -> int:
     print(recognised())
     print("\nSelf-check: gelu with 3 bits\n")
     healthy = True
-    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+    for device in devices():
         for question, answer in self_check(device):
             healthy &= not answer
-            print(f"{device:5} {question:40} {answer or 'yes'}")
+            print(f"{device:6} {question:40} {answer or 'yes'}")
     print("\neverything works" if healthy else "\nsomething is wrong: please report this, with all of the above")
     return 0 if healthy else 1
+
+
+def devices() -> list[str]:
+    """What is looked at."""
+    return ["cpu", *(["cuda:0"] if torch.cuda.is_available() else [])]
 
 
 def environment() -> Iterator[tuple[str, str]]:
@@ -58,6 +63,9 @@ def environment() -> Iterator[tuple[str, str]]:
             yield f"cuda:{i}", f"{torch.cuda.get_device_name(i)}, CUDA {torch.version.cuda}"
     else:
         yield "cuda", "not available" if torch.version.cuda else "not available: this torch is built without it"
+    for device in devices():
+        yield f"coding on {device}", str(ops.backend(torch.device(device)))
+        yield f"fused on {device}", str(ops.fused_backend(torch.device(device))).replace("plain torch", "the hooks")
     value = os.environ.get("FEWBIT_DISABLE")
     said = "not set" if value is None else f"{value}: every scope is a no-op" if disabled() else value
     yield "FEWBIT_DISABLE", said

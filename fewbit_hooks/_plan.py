@@ -33,6 +33,7 @@ class Plan:
         codebook: None for the two-valued activations.
         bits: bits an element.
         inplace: the call overwrites its input.
+        thresholds: the codebook's boundaries, as a coder; None where there is no codebook.
     """
 
     def __init__(
@@ -56,12 +57,12 @@ class Plan:
         self._inverse: Inverse | None = None
         self._inverse_sought = False
         self._serves_itself: dict[tuple[torch.dtype, torch.device], bool] = {}
-        self._thresholds = ops.Thresholds(codebook.boundaries, codebook.folded) if codebook else None
+        self.thresholds = ops.Thresholds(codebook.boundaries, codebook.folded) if codebook else None
 
     def coder(self, dtype: torch.dtype, device: torch.device) -> Coder:
         """What maps a flat chunk to codes: of the input if the activation is smooth, else of the saved tensor."""
-        if self._thresholds is not None:
-            return self._thresholds
+        if self.thresholds is not None:
+            return self.thresholds
         key = dtype, device
         if key not in self._coders:
             self._coders[key] = self._two_valued_coder(dtype, device)

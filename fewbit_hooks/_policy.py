@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from . import _activations
+from . import _activations, ops
 from ._calls import Call
 from ._catalog import codebook
 from ._codebook import Codebook
@@ -60,6 +60,7 @@ class Settings:
     exact: bool = False
     recompute: bool = False
     codebooks: Mapping[str, Codebook] = field(default_factory=dict)
+    engine: str = "auto"
 
     def bits_for(self, name: str, x: Tensor, exact: bool) -> int | None:
         """The bits given for an activation; None keeps it. The two-valued ones take 1 where they are not turned off."""
@@ -81,7 +82,7 @@ def check_settings(
 
     Raises:
         FewbitTypeError, FewbitValueError: what was given, what is allowed.
-        FewbitError: what this version does not have yet.
+        FewbitError: what is missing for it.
     """
     if isinstance(bits, Mapping):
         for name, value in bits.items():
@@ -102,9 +103,12 @@ def check_settings(
             raise FewbitTypeError(f"{name} must be True or False, got {on!r}")
     if engine not in ("hooks", "fused", "auto"):
         raise FewbitValueError(f"engine must be 'hooks', 'fused' or 'auto', got {engine!r}")
-    if engine == "fused":
-        raise FewbitError("engine='fused' is not available in this version. Use 'auto' or 'hooks'.")
-    return Settings(bits, int(min_bytes), Exclusion(exclude), exact, recompute, _check_codebooks(codebooks))
+    if engine == "fused" and not ops.triton_is_installed():
+        raise FewbitError(
+            "engine='fused' needs the package triton, which is not installed. Install it (pip install triton), or use "
+            "'auto' or 'hooks'."
+        )
+    return Settings(bits, int(min_bytes), Exclusion(exclude), exact, recompute, _check_codebooks(codebooks), engine)
 
 
 def _check_codebooks(codebooks: object) -> dict[str, Codebook]:

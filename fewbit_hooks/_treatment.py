@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _hooks, _one_node, _policy, _recipes, _recompute
+from . import _fused, _hooks, _one_node, _policy, _recipes, _recompute
 from ._again import run_again
 from ._calls import Call
 from ._inverse import Itself
@@ -137,6 +137,10 @@ def _as_it_is(entry: Entry, call: Call, plan: Plan, x: Tensor, run_it: functools
         _watch_input(ledger, site, verdict, y)
         return y
     inverse = plan.inverse(x, copied=verdict is Verdict.COPY) if verdict in FROM_OUTPUT else None
+    if inverse is None and entry.fuses:
+        fused = _fused.run(plan, ledger, x, site)
+        if fused is not None:
+            return fused
     y = _hooks.run_coded(plan, ledger, x, run_it, site, inverse, entry.around)
     if entry.recomputes and not plan.inplace and plan.codebook is not None and isinstance(y, Tensor):
         _recompute.note_activation(run_it, x, y, site=(site, ledger.coming_step) if site is not None else None)

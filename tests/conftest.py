@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,10 @@ from torch import Tensor, nn
 import fewbit_hooks as fewbit
 from fewbit_hooks import _again, _compiled, _stack
 from held import held_for_backward as held_for_backward
+
+if not torch.cuda.is_available():
+    # Triton reads it when a kernel is defined: set here, nothing in this process has imported triton before
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Thousands of small calls: on a busy machine a second thread makes them three times slower. test_ops.py uses all.
 torch.set_num_threads(1)

@@ -16,6 +16,28 @@ pytestmark = [
 ]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 SMOOTH = [a.name for a in fewbit.activations() if not a.exact]
+ENGINES = [
+    "hooks",
+    pytest.param(
+        "fused", marks=pytest.mark.skipif(not ops.triton_is_installed(), reason="engine='fused' needs triton")
+    ),
+]
+needs_triton = pytest.mark.skipif(not ops.triton_is_installed(), reason="triton is not installed")
+FUSED = {
+    "gelu": F.gelu,
+    "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "mish": F.mish,
+    "elu": F.elu,
+    "elu alpha": lambda x: F.elu(x, alpha=0.3),
+    "selu": F.selu,
+    "celu": lambda x: F.celu(x, alpha=1.7),
+    "softplus": F.softplus,
+    "softplus beta": lambda x: F.softplus(x, beta=0.6, threshold=3.1),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "hardswish": F.hardswish,
+}
 TWO_VALUED = [F.relu, F.relu6, F.leaky_relu, F.hardtanh, F.hardsigmoid, F.hardshrink, F.softshrink]
 
 
@@ -72,28 +94,30 @@ def model() -> nn.Module:
     return nn.Sequential(*layers).cuda()
 
 
-def test_the_host_never_waits_for_the_device(model: nn.Module) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_host_never_waits_for_the_device(model: nn.Module, engine: str) -> None:
     x = torch.randn(512, 256, device="cuda")
     for _ in range(2):  # the first step makes tables and copies them to the device
-        with fewbit.scope(min_bytes=0):
+        with fewbit.scope(min_bytes=0, engine=engine):
             loss = model(x).square().mean()
         torch.cuda.set_sync_debug_mode("default")
         loss.backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        with fewbit.scope(min_bytes=0):
+        with fewbit.scope(min_bytes=0, engine=engine):
             loss = model(x).square().mean()
         loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_step_can_be_captured_in_a_cuda_graph(model: nn.Module) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_step_can_be_captured_in_a_cuda_graph(model: nn.Module, engine: str) -> None:
     x = torch.randn(512, 256, device="cuda")
 
     def step() -> None:
         model.zero_grad(set_to_none=False)
-        with fewbit.scope(min_bytes=0):
+        with fewbit.scope(min_bytes=0, engine=engine):
             loss = model(x).square().mean()
         loss.backward()
 
@@ -112,13 +136,14 @@ def test_a_step_can_be_captured_in_a_cuda_graph(model: nn.Module) -> None:
         torch.testing.assert_close(p.grad, expected)
 
 
-def test_the_peak_memory_falls(model: nn.Module) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_peak_memory_falls(engine: str) -> None:
     deep = nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(1024, 1024), nn.GELU()))).cuda()
     x = torch.randn(4096, 1024, device="cuda")
 
     def peak(bits: int | None) -> int:
         torch.cuda.reset_peak_memory_stats()
-        with fewbit.scope(bits=bits):
+        with fewbit.scope(bits=bits, engine=engine):
             loss = deep(x).square().mean()
         loss.backward()
         deep.zero_grad()
@@ -137,3 +162,117 @@ def test_packing_allocates_chunks_and_codes_only() -> None:
     torch.cuda.reset_peak_memory_stats()
     packed = ops.encode(x, 3, coder)
     assert torch.cuda.max_memory_allocated() - before < packed.nbytes + 2**28
+
+
+@needs_triton
+def test_the_kernels_serve_this_device() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert str(ops.backend(device)) == "triton"
+    assert str(ops.fused_backend(device)) == "triton"
+
+
+@needs_triton
+def test_the_kernels_allocate_codes_and_the_result_and_nothing_else() -> None:
+    x = torch.randn(2**28, device="cuda", dtype=torch.bfloat16)
+    coder, table = ops.Thresholds(fewbit.codebook("gelu", 3).boundaries), ops.rows(torch.randn(8).bfloat16().cuda(), 3)
+    ops.decode(ops.encode(x[:8], 3, coder), table, 3, ops.Layout.of(x[:8]))
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    packed = ops.encode(x, 3, coder)
+    decoded = ops.decode(packed, table, 3, ops.Layout.of(x))
+    assert torch.cuda.max_memory_allocated() - before <= packed.nbytes + decoded.nbytes + 2**20
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FUSED)
+def test_the_fused_forward_is_within_its_bound_of_stocks(name: str, dtype: torch.dtype) -> None:
+    x = torch.randn(1_000_003, device="cuda", dtype=torch.float64).mul_(4).to(dtype)
+    x[:4] = torch.tensor([0.0, float("nan"), float("inf"), -float("inf")], device="cuda").to(dtype)
+    with fewbit.scope(engine="fused", min_bytes=0):
+        y = FUSED[name](x.clone().requires_grad_())
+    assert y.grad_fn.name() == "_FusedBackward"
+    y, stock = y.detach().double(), FUSED[name](x).double()
+    torch.testing.assert_close(y[:4], stock[:4], rtol=1e-2, atol=1e-6, equal_nan=True)
+    unit = torch.finfo(dtype).eps * 2 ** stock[4:].abs().clamp(min=1).log2().floor()
+    # NOTE [ Formulas ] in ops/_triton_fused.py
+    assert float(((y - stock)[4:].abs() / unit).max()) <= (4 if dtype in (torch.float32, torch.float64) else 1)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FUSED)
+def test_the_fused_gradient_is_that_of_the_hooks(name: str, dtype: torch.dtype) -> None:
+    x = torch.randn(70_001, device="cuda").mul_(3).to(dtype).requires_grad_()
+    grads = []
+    for engine in ("fused", "hooks"):
+        with fewbit.scope(bits=3, min_bytes=0, engine=engine):
+            y = FUSED[name](x)
+        grads += torch.autograd.grad(y, x, torch.ones_like(y))
+    tolerance = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}.get(dtype, 5e-6)
+    torch.testing.assert_close(*grads, rtol=0, atol=tolerance)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", FUSED)
+def test_under_autocast_the_output_has_the_dtype_that_it_had(name: str) -> None:
+    x = torch.randn(4096, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    with torch.autocast("cuda", torch.bfloat16):
+        stock = FUSED[name](x)
+        with fewbit.scope(engine="fused", min_bytes=0):
+            assert FUSED[name](x).dtype == stock.dtype
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_on_another_stream_the_work_is_ordered_by_that_stream(engine: str) -> None:
+    x = torch.zeros(2**24, device="cuda").requires_grad_()
+    with fewbit.scope(min_bytes=0, engine=engine):
+        F.silu(x[:8] * 1).sum().backward()  # compiles
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)  # whatever does not wait for this stream sees zeros
+        h = x + 3.0
+        with fewbit.scope(min_bytes=0, engine=engine):
+            y = F.silu(h)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.cuda.current_stream().wait_stream(side)
+    expected = fewbit.codebook("silu", 3).derivative(torch.full((1,), 3.0))
+    torch.testing.assert_close(grad.cpu(), expected.expand(2**24), rtol=0, atol=5e-6)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_tensor_is_coded_on_its_own_device_whichever_is_current(engine: str) -> None:
+    x = torch.randn(70_001)
+    with torch.cuda.device(0):
+        there = x.to("cuda:1").requires_grad_()
+        with fewbit.scope(min_bytes=0, engine=engine):
+            y = F.silu(there)
+        (grad,) = torch.autograd.grad(y.sum(), there)
+    assert grad.device == y.device == torch.device("cuda:1")
+    torch.testing.assert_close(grad.cpu(), fewbit.codebook("silu", 3).derivative(x), rtol=0, atol=5e-6)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [3, 8])
+def test_more_than_two_to_the_31_elements(bits: int) -> None:
+    n = 2**31 + 4103
+    try:
+        x = torch.zeros(n, device="cuda", dtype=torch.bfloat16)
+    except torch.OutOfMemoryError:
+        pytest.skip("needs about 13 GiB of device memory")
+    x[-4103:] = torch.randn(4103).bfloat16()
+    book = fewbit.codebook("gelu", bits)
+    coder, values = ops.Thresholds(book.boundaries), torch.randn(1 << bits).bfloat16()
+    packed = ops.encode(x, bits, coder)
+    tail = ops.encode(x[-4103:].cpu(), bits, coder)
+    assert torch.equal(packed[-tail.numel() :].cpu(), tail)  # 2**31 codes end on a whole byte
+    table, layout = ops.rows(values, bits), ops.Layout.of(x)
+    decoded = ops.decode(packed, table.cuda(), bits, layout)
+    assert torch.equal(decoded[-4103:].cpu(), ops.decode(tail, table, bits, ops.Layout.of(x[-4103:].cpu())))
+    del decoded
+    with fewbit.scope(bits, engine="fused"):
+        y = F.gelu(x.requires_grad_())
+    torch.testing.assert_close(y[-4103:].detach(), F.gelu(x[-4103:].detach()), rtol=0, atol=1e-2)

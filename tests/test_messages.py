@@ -52,9 +52,17 @@ def test_an_unknown_name_in_a_mapping_lists_the_known_ones() -> None:
         fewbit.scope(bits={"gleu": 3})
 
 
-def test_what_this_version_does_not_have_is_said() -> None:
-    with pytest.raises(fewbit.FewbitError, match="is not available in this version"):
-        fewbit.scope(engine="fused")
+def test_what_an_engine_needs_and_does_not_find_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fewbit_hooks.ops.triton_is_installed", lambda: False)
+    for make in (fewbit.scope, fewbit.enable):
+        with pytest.raises(fewbit.FewbitError) as raised:
+            make(engine="fused")
+        assert str(raised.value) == (
+            "engine='fused' needs the package triton, which is not installed. Install it (pip install triton), or use "
+            "'auto' or 'hooks'."
+        )
+        assert fewbit.active() is None
+    fewbit.scope(engine="auto")
 
 
 def test_double_backward_names_the_activation_and_the_remedy() -> None:

@@ -27,11 +27,11 @@ class Lookup:
     """
 
     def __init__(self, table: Tensor) -> None:
-        self._table = table
+        self.table = table
 
     def __call__(self, chunk: Tensor) -> Tensor:
         index = chunk.view(torch.uint16).to(torch.int64)
-        return look_up(self._table, index, torch.empty_like(chunk, dtype=torch.uint8))
+        return look_up(self.table, index, torch.empty_like(chunk, dtype=torch.uint8))
 
 
 class Thresholds:
@@ -54,6 +54,7 @@ class Thresholds:
         self.folded = folded
         cpu = torch.device("cpu")
         self._boundaries = {cpu: torch.tensor(boundaries, dtype=torch.float64, device=cpu)}
+        self._limits: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._scales = {torch.float32: _float16.find_scale(boundaries), torch.float16: 1.0, torch.bfloat16: 1.0}
         self._lookups: dict[tuple[torch.dtype, torch.device], Lookup] = {}
 
@@ -74,6 +75,31 @@ class Thresholds:
             self._boundaries[chunk.device] = self._boundaries[torch.device("cpu")].to(chunk.device, non_blocking=True)
         boundaries = self._boundaries[chunk.device]
         return torch.bucketize(exact.abs() if self.folded else exact, boundaries, out_int32=True).to(torch.uint8)
+
+    @property
+    def count(self) -> int:
+        """The number of boundaries: one less than that of codes."""
+        return self._boundaries[torch.device("cpu")].numel()
+
+    def limits(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The boundaries for a kernel to compare inputs of `dtype` with: float64 for float64, float32 for all others.
+
+        >>> coder = Thresholds([0.1, 0.2])
+        >>> coder.limits(torch.float32, torch.device("cpu")).tolist()
+        [0.09999999403953552, 0.19999998807907104]
+
+        Of a boundary b that is no float32 number it is the next below: no float32 number lies between the two, and so
+        x <= b and x <= limit are the same for every float32 x, and for every float16 and bfloat16 x, which are float32
+        numbers too.
+        """
+        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        if (dtype, device) not in self._limits:
+            exact = self._boundaries[torch.device("cpu")]
+            limits = exact.to(dtype)
+            above = limits.double() > exact
+            limits = torch.where(above, torch.nextafter(limits, torch.full_like(limits, -torch.inf)), limits)
+            self._limits[dtype, device] = limits.to(device, non_blocking=True)
+        return self._limits[dtype, device]
 
     def _lookup(self, dtype: torch.dtype, device: torch.device, scale: float) -> Lookup:
         if (dtype, device) not in self._lookups:

@@ -50,18 +50,35 @@ def chunks(x: Tensor, step: int = 0) -> Iterator[tuple[int, Tensor]]:
     Every piece but the last has `step` elements, `chunk_size` if that is 0. The pieces of a dense tensor are views of
     it; of any other tensor (sliced, expanded, overlapping) one piece at a time is copied.
     """
-    in_order = x
-    if not x.is_contiguous():
-        stride = Layout.of(x).stride
-        in_order = x.permute(sorted(range(x.dim()), key=lambda dim: -stride[dim]))
-    if in_order.is_contiguous():
-        in_order = in_order.view(-1)
+    in_order = in_memory_order(x)
     n, step = x.numel(), step or chunk_size(x.device)
     if 0 < n <= step and in_order.dim() == 1:  # the usual case, which is spared the slicing
         yield 0, in_order.contiguous()
         return
     for start in range(0, n, step):
         yield start, _piece(in_order, start, min(start + step, n)).contiguous()
+
+
+def in_memory_order(x: Tensor) -> Tensor:
+    """A view of `x` whose elements are in the memory order of its `Layout`: contiguous and 1-D where `x` is dense.
+
+    >>> in_memory_order(torch.zeros(2, 3).t()).shape, in_memory_order(torch.zeros(4, 6)[:, ::2].t()).shape
+    (torch.Size([6]), torch.Size([4, 3]))
+    """
+    in_order = x
+    if not x.is_contiguous():
+        stride = Layout.of(x).stride
+        in_order = x.permute(sorted(range(x.dim()), key=lambda dim: -stride[dim]))
+    return in_order.view(-1) if in_order.is_contiguous() else in_order
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether `x` fills its memory without gaps or overlaps.
+
+    >>> is_dense(torch.zeros(2, 3).t()), is_dense(torch.zeros(2, 6)[:, ::2])
+    (True, False)
+    """
+    return in_memory_order(x).is_contiguous()
 
 
 def _piece(x: Tensor, start: int, stop: int) -> Tensor:

@@ -56,7 +56,12 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     >>> pack_bits(torch.tensor([1, 2, 3], dtype=torch.uint8), 3)  # 0b011'010'001
     tensor([209,   0], dtype=torch.uint8)
     """
-    return encode(codes, bits, lambda chunk: chunk)
+    return encode(codes, bits, as_they_are)
+
+
+def as_they_are(chunk: Tensor) -> Tensor:
+    """The coder of what is codes already."""
+    return chunk
 
 
 def _pack(codes: Tensor, bits: int, packed: Tensor) -> None:
@@ -168,11 +173,11 @@ def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
     """
     if bits == 1 and packed.is_cpu:
         return torch.from_numpy(np.unpackbits(packed.numpy(), count=n, bitorder="little"))
-    return decode(packed, _code_rows(bits, packed.device), bits, Layout((n,), (1,), torch.uint8, packed.device))
+    return decode(packed, code_rows(bits, packed.device), bits, Layout((n,), (1,), torch.uint8, packed.device))
 
 
 @functools.lru_cache(maxsize=64)
-def _code_rows(bits: int, device: torch.device) -> Tensor:
+def code_rows(bits: int, device: torch.device) -> Tensor:
     """The table of rows of the codes themselves."""
     return rows(torch.arange(1 << bits, device=device).to(torch.uint8), bits)
 

@@ -1,0 +1,212 @@
+"""Which backend codes a tensor: Triton's kernels on CUDA where they work, else plain torch.
+
+NOTE [ Trust ]
+
+Whether Triton works on a device is asked once, when the first tensor there is coded, by a few hundred values: the bytes
+and the values must be those of plain torch. A compiler can fail in any way (no C compiler, a GPU too old, a driver too
+new), so whatever it raises counts as "does not work". Then plain torch serves that device, and a FewbitWarning says
+why, once; so does `python -m fewbit_hooks doctor`. Where Triton is not installed, nothing is said but by the doctor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import threading
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _errors
+from . import _beside, _torch
+from ._coders import Coder, Thresholds
+from ._layout import Layout
+
+DEVICE_TYPES = frozenset({"cuda"})
+"""Where Triton's kernels may run. Under Triton's interpreter (TRITON_INTERPRET=1) tests put "cpu" in."""
+
+
+class Backend(NamedTuple):
+    """What codes the tensors of a device.
+
+    Attributes:
+        kernels: the module of Triton's kernels; None: plain torch.
+        why: why it is not Triton; empty where it is.
+    """
+
+    kernels: ModuleType | None
+    why: str
+
+    def __str__(self) -> str:
+        return "triton" if self.kernels is not None else f"plain torch: {self.why}"
+
+
+_found: dict[tuple[torch.device, bool], Backend] = {}
+_lock = threading.Lock()
+
+
+def triton_is_installed() -> bool:
+    """Whether there is a package of that name; it is not imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def backend(device: torch.device) -> Backend:
+    """What codes the tensors of this device; see the note above."""
+    return _backend(device, fused=False)
+
+
+def fused_backend(device: torch.device) -> Backend:
+    """The same for the kernels that compute activations, too."""
+    plain = backend(device)
+    return plain if plain.kernels is None else _backend(device, fused=True)
+
+
+def _backend(device: torch.device, fused: bool) -> Backend:
+    if device.type not in DEVICE_TYPES:
+        return Backend(None, f"Triton's kernels are for {', '.join(sorted(DEVICE_TYPES))}")
+    found = _found.get((device, fused))
+    if found is not None:
+        return found
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return Backend(None, "a CUDA graph is being captured, and the first look makes the host wait: another time")
+    with _lock:
+        if (device, fused) not in _found:
+            _found[device, fused] = _look(device, fused)
+        return _found[device, fused]
+
+
+def _look(device: torch.device, fused: bool) -> Backend:
+    if not triton_is_installed():
+        return Backend(None, "triton is not installed")
+    try:
+        with _waiting(device):
+            kernels = importlib.import_module("._triton_fused" if fused else "._triton", __package__)
+            (_check_fused if fused else _check)(kernels, device)
+    except Exception as error:  # see the note above
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        instead = "engine='fused' does without them" if fused else "it is coded in plain torch, more slowly"
+        warnings.warn(
+            f"Triton's kernels do not work on {device}: {why}; {instead}.", _errors.FewbitWarning, stacklevel=5
+        )
+        return Backend(None, why)
+    return Backend(kernels, "")
+
+
+@contextlib.contextmanager
+def _waiting(device: torch.device) -> Iterator[None]:
+    """The host may wait for the device here, and nothing is recognised or recorded."""
+    mode = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
+    try:
+        if mode:
+            torch.cuda.set_sync_debug_mode(0)
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            yield
+    finally:
+        if mode:
+            torch.cuda.set_sync_debug_mode(mode)
+
+
+def _check(kernels: ModuleType, device: torch.device) -> None:
+    """Code some values; raises unless every byte is that of plain torch."""
+    bits, coder = 3, Thresholds([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0])
+    x = torch.linspace(-4, 4, 701, device="cpu")  # not a whole number of bytes of codes
+    x[::50], x[1::50] = torch.nan, 0.5
+    table = _torch.rows(torch.linspace(-1, 1, 1 << bits, device="cpu"), bits)
+    packed = _torch.encode(x, bits, coder)
+    values = _torch.decode(packed, table, bits, Layout.of(x))
+
+    there = x.to(device)
+    packed_there = kernels.encode(there, bits, coder)
+    values_there = kernels.decode(packed_there, table.to(device), bits, Layout.of(there))
+    if not torch.equal(packed_there.cpu(), packed):
+        raise ArithmeticError("its codes are not those of plain torch")
+    if not torch.equal(values_there.cpu(), values):
+        raise ArithmeticError("its decoded values are not those of plain torch")
+
+
+def _check_fused(kernels: ModuleType, device: torch.device) -> None:
+    """Compute gelu of some values; raises unless it, its codes and its gradient are what they should be."""
+    bits, thresholds = 3, Thresholds([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0])
+    x, levels = torch.linspace(-4, 4, 701, device="cpu"), torch.linspace(-1, 1, 1 << bits, device="cpu")
+    packed, there = _torch.encode(x, bits, thresholds), x.to(device)
+    slope = _torch.decode(packed, _torch.rows(levels, bits), bits, Layout.of(x))
+    y, packed_there = kernels.forward("gelu", there, bits, thresholds, levels.to(device))
+    grad = kernels.backward(there, packed_there, bits, levels.to(device), Layout.of(there))
+    if not torch.allclose(y, torch.nn.functional.gelu(there), rtol=0, atol=2e-6):
+        raise ArithmeticError("its gelu is not that of PyTorch")
+    if not torch.equal(packed_there.cpu(), packed):
+        raise ArithmeticError("its codes are not those of plain torch")
+    if not torch.equal(grad.cpu(), slope * x):
+        raise ArithmeticError("its gradient is not grad times the level")
+
+
+def encode(x: Tensor, bits: int, coder: Coder) -> Tensor:
+    """The packed codes of the elements of `x`, in the memory order of `Layout.of(x)`.
+
+    >>> encode(torch.tensor([-1.0, 2.0, 0.0, 3.0]), 1, lambda chunk: chunk > 0)
+    tensor([10], dtype=torch.uint8)
+
+    Args:
+        x: any shape, strides, dtype and device.
+        bits: 1 to 8.
+        coder: gives a chunk's codes, each below 2**bits; `Thresholds`, or a predicate.
+
+    Returns:
+        1-D uint8 tensor of `packed_bytes(x.numel(), bits)` elements.
+    """
+    kernels = backend(x.device).kernels
+    packed: Tensor = (_torch if kernels is None else kernels).encode(x, bits, coder)
+    return packed
+
+
+def decode(packed: Tensor, rows: Tensor, bits: int, layout: Layout) -> Tensor:
+    """A tensor of the given layout that holds each code's stand-in.
+
+    Args:
+        packed: what `encode` returned.
+        rows: what `rows` made of the stand-ins.
+        bits: as for `encode`.
+        layout: `Layout.of(x)`, with the dtype and device of the stand-ins.
+    """
+    kernels = backend(packed.device).kernels
+    out: Tensor = (_torch if kernels is None else kernels).decode(packed, rows, bits, layout)
+    return out
+
+
+def decode_beside(output: Tensor, packed: Tensor | None, table: Tensor, layout: Layout) -> Tensor:
+    """A tensor of the given layout that holds, for each element, the table's entry at its output and its bit.
+
+    Args:
+        output, packed, table, layout: as for `_beside.decode_beside`.
+    """
+    kernels = backend(output.device).kernels
+    out: Tensor = (_beside if kernels is None else kernels).decode_beside(output, packed, table, layout)
+    return out
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Pack uint8 codes, or booleans, as they are.
+
+    >>> pack_bits(torch.tensor([1, 2, 3], dtype=torch.uint8), 3)  # 0b011'010'001
+    tensor([209,   0], dtype=torch.uint8)
+    """
+    return encode(codes, bits, _torch.as_they_are)
+
+
+def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
+    """The n codes that `pack_bits` packed, as uint8.
+
+    >>> unpack_bits(torch.tensor([209, 0], dtype=torch.uint8), 3, 3)
+    tensor([1, 2, 3], dtype=torch.uint8)
+    """
+    kernels = backend(packed.device).kernels
+    if kernels is None:
+        return _torch.unpack_bits(packed, bits, n)
+    layout = Layout((n,), (1,), torch.uint8, packed.device)
+    codes: Tensor = kernels.decode(packed, _torch.code_rows(bits, packed.device), bits, layout)
+    return codes

@@ -1,0 +1,211 @@
+"""Triton kernels that compute an activation and its codes in one pass, and grad times the level in another.
+
+Imported on first use, as `_triton.py`, whose byte layout and NOTE [ One program ] hold here. Not yet measured on a GPU.
+
+NOTE [ Formulas ]
+
+Each forward is written as PyTorch's CUDA kernel writes it, computed in float32 (float64 for float64 inputs) and rounded
+once:
+
+    gelu        x / 2 (1 + erf(x / sqrt(2)))
+    gelu_tanh   x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))
+    silu        x / (1 + exp(-x))
+    mish        x tanh(log1p(exp(x)))
+    elu         x > 0 ? scale x : alpha scale expm1(input_scale x); selu and celu are elu with constants
+    softplus    beta x > threshold ? x : log1p(exp(beta x)) / beta
+    hardswish   x min(max(x + 3, 0), 6) / 6
+    tanh        tanh(x)
+    sigmoid     1 / (1 + exp(-x))
+
+erf, exp, expm1, log1p and tanh are libdevice's, as the CUDA compiler's are; divisions are rounded correctly. Yet the
+result need not be bit for bit that of PyTorch's kernel: the two compilers may contract products and sums differently,
+and libdevice is told to flush float32 denormals. The bound, to which a `gpu` test holds it: 4 units in the last place
+in float32 and float64, 1 in float16 and bfloat16; of the result, or of 1 where the result is smaller (`1 + erf`
+cancels in PyTorch's own kernel too). Triton's interpreter has no libdevice: there exp and log stand in for it, in
+float64, which tests the formulas but not libdevice.
+
+The gradient is grad * level, computed in float32 (float64) from levels in that dtype, and rounded once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._coders import Thresholds
+from ._layout import Layout, in_memory_order
+from ._torch import packed_bytes
+from ._triton import GROUPS, code_of, elements, grid, load_code, on, store_packed
+
+INTERPRETED = not isinstance(code_of, triton.runtime.JITFunction)
+"""Triton's interpreter is on (TRITON_INTERPRET=1)."""
+
+if INTERPRETED:
+
+    @triton.jit
+    def _exp(x):
+        return tl.exp(x)
+
+    @triton.jit
+    def _expm1(x):
+        return (tl.exp(x.to(tl.float64)) - 1.0).to(x.dtype)
+
+    @triton.jit
+    def _log1p(x):
+        return tl.log(1.0 + x.to(tl.float64)).to(x.dtype)
+
+    @triton.jit
+    def _tanh(x):
+        a = tl.exp(-2.0 * tl.abs(x.to(tl.float64)))
+        y = (1.0 - a) / (1.0 + a)
+        return tl.where(x < 0, -y, y).to(x.dtype)
+
+    @triton.jit
+    def _erf(x):
+        return tl.erf(x)
+
+    @triton.jit
+    def _round_to(x, like):
+        if like.dtype.element_ty == tl.bfloat16:  # the interpreter would cut the last 16 bits off
+            bits = x.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+            nearest = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits) >> 16
+            return nearest.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        return x.to(like.dtype.element_ty)
+
+else:
+    from triton.language.extra import libdevice
+
+    @triton.jit
+    def _exp(x):
+        return libdevice.exp(x)  # tl.exp is the fast one, of fewer digits
+
+    @triton.jit
+    def _expm1(x):
+        return libdevice.expm1(x)
+
+    @triton.jit
+    def _log1p(x):
+        return libdevice.log1p(x)
+
+    @triton.jit
+    def _tanh(x):
+        return libdevice.tanh(x)
+
+    @triton.jit
+    def _erf(x):
+        return libdevice.erf(x)
+
+    @triton.jit
+    def _round_to(x, like):
+        return x.to(like.dtype.element_ty)  # to the nearest, ties to even
+
+
+# --- kernels: arithmetic only ---
+
+
+@triton.jit
+def _divide(a, b):
+    """Rounded correctly: the plain division of float32 is Triton's approximate one."""
+    return a / b if b.dtype == tl.float64 else tl.div_rn(a, b)
+
+
+@triton.jit
+def _activation(x, parameters, NAME: tl.constexpr):
+    """See NOTE [ Formulas ]. `x` is float32 or float64, and so are the parameters."""
+    if NAME == "gelu":
+        y = x * 0.5 * (1.0 + _erf(x * 0.7071067811865476))
+    elif NAME == "gelu_tanh":
+        y = 0.5 * x * (1.0 + _tanh(0.7978845608028654 * (x + 0.044715 * (x * x * x))))
+    elif NAME == "silu":
+        y = _divide(x, 1.0 + _exp(-x))
+    elif NAME == "mish":
+        y = x * _tanh(_log1p(_exp(x)))
+    elif NAME == "elu":
+        alpha, scale, input_scale = tl.load(parameters), tl.load(parameters + 1), tl.load(parameters + 2)
+        y = tl.where(x > 0, x * scale, _expm1(x * input_scale) * (alpha * scale))
+    elif NAME == "softplus":
+        beta, threshold = tl.load(parameters), tl.load(parameters + 1)
+        y = tl.where(x * beta > threshold, x, _divide(_log1p(_exp(x * beta)), tl.zeros_like(x) + beta))
+    elif NAME == "tanh":
+        y = _tanh(x)
+    elif NAME == "sigmoid":
+        y = _divide(tl.zeros_like(x) + 1.0, 1.0 + _exp(-x))
+    else:
+        tl.static_assert(NAME == "hardswish")
+        # comparisons, and not maximum and minimum, which differ at NaN from one version of Triton to the next
+        above = tl.where(x + 3.0 < 0.0, 0.0, x + 3.0)
+        y = x * tl.where(above > 6.0, 6.0, above) * 0.16666666666666666
+    return y
+
+
+@triton.jit(do_not_specialize=["n_bytes"])
+def _forward(
+    x, y, packed, boundaries, parameters, n, n_bytes,
+    NAME: tl.constexpr, BITS: tl.constexpr, FOLDED: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    group, index = elements(GROUPS)
+    v = tl.load(x + index, mask=index < n, other=0.0).to(boundaries.dtype.element_ty)
+    tl.store(y + index, _round_to(_activation(v, parameters, NAME), y), mask=index < n)
+    store_packed(packed, group, code_of(v, boundaries, BITS, FOLDED), index, n, n_bytes, BITS)
+
+
+@triton.jit
+def _backward(grad, packed, levels, out, n, BITS: tl.constexpr, GROUPS: tl.constexpr):
+    _, index = elements(GROUPS)
+    g = tl.load(grad + index, mask=index < n, other=0.0).to(levels.dtype.element_ty)
+    level = tl.load(levels + load_code(packed, index, n, BITS))
+    tl.store(out + index, _round_to(g * level, out), mask=index < n)
+
+
+# --- launchers ---
+
+
+def compute(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which inputs of `dtype` are worked on."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def forward(name: str, x: Tensor, bits: int, thresholds: Thresholds, parameters: Tensor) -> tuple[Tensor, Tensor]:
+    """The activation of `x`, and the packed codes of `x`.
+
+    Args:
+        name: of a formula in NOTE [ Formulas ].
+        x: dense; of a dtype in `_triton.FLOATS`.
+        thresholds: 2**bits - 1 of them.
+        parameters: those of the formula, in its order; dtype `compute(x.dtype)`, on the device of `x`.
+
+    Returns:
+        A tensor in the layout of `x`; what `encode(x, bits, thresholds)` returns.
+    """
+    n = x.numel()
+    n_bytes = packed_bytes(n, bits)
+    y = Layout.of(x).empty()
+    packed = torch.empty(n_bytes, dtype=torch.uint8, device=x.device)
+    if n:
+        with on(x.device):
+            _forward[grid(n)](
+                in_memory_order(x.detach()), y.as_strided((n,), (1,)), packed, thresholds.limits(x.dtype, x.device),
+                parameters, n, n_bytes, NAME=name, BITS=bits, FOLDED=thresholds.folded, GROUPS=GROUPS,
+            )  # fmt: skip
+    return y, packed
+
+
+def backward(grad: Tensor, packed: Tensor, bits: int, levels: Tensor, layout: Layout) -> Tensor:
+    """`grad` times the level of each code, in the given layout.
+
+    Args:
+        grad: of the layout's shape and dtype; any strides.
+        levels: 2**bits, of dtype `compute(layout.dtype)`.
+    """
+    out = layout.empty()
+    n = out.numel()
+    if n:
+        if grad.stride() != layout.stride:  # in the order of the codes
+            grad = layout.empty().copy_(grad)
+        with on(out.device):
+            _backward[grid(n)](
+                in_memory_order(grad.detach()), packed, levels, out.as_strided((n,), (1,)), n, BITS=bits, GROUPS=GROUPS
+            )
+    return out
