@@ -23,7 +23,9 @@ def about(packages: Iterable[str] = ()) -> dict[str, str]:
 
 
 def machine() -> str:
-    """The processor's name, and the threads that are used."""
+    """The GPU's name, or the processor's and the threads that are used."""
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import argparse
 import csv
-import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 
 import fewbit_hooks as fewbit
+from about import about
 from fewbit_hooks import ops
 from fewbit_hooks.ops import _torch
 
@@ -103,36 +103,34 @@ def measure(bits: int, dtype: torch.dtype, elements: int, device: torch.device, 
     return rows
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2^20 and 2^22 elements in place of 2^22 and 2^24")
+    parser.add_argument("--quick", action="store_true", help="2^16 and 2^18 elements in place of 2^22 and 2^24")
     parser.add_argument("--csv", metavar="PATH", help="write the table there too")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chip = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"machine  {platform.platform()}, {platform.machine()}, {chip}")
-    triton = str(ops.backend(device)) if device.type == "cuda" else "torch"
-    print(f"versions python {platform.python_version()}, torch {torch.__version__}, fewbit_hooks.ops: {triton}")
+    known = about(("triton",))
+    print(f"machine  {known['machine']}\nversions {known['versions']}\nbackend  {ops.backend(device)}")
     print("ns an element; ratio = (encode + decode) / (gelu f+b); bw: fraction of the bandwidth of a copy\n")
     print("{:>4}  {:>8}  {:>8}  {:>7}  {:>7}  {:>7}  {:>8}  {:>9}  {:>9}  {:>9}".format(*COLUMNS))
 
     table = []
-    for exponent in (20, 22) if arguments.quick else (24, 28) if device.type == "cuda" else (22, 24):
+    for exponent in (16, 18) if arguments.quick else (24, 28) if device.type == "cuda" else (22, 24):
         for dtype in (torch.float32, torch.bfloat16):
             for bits in range(1, 9):
-                for row in measure(bits, dtype, 1 << exponent, device, repeats=5 if arguments.quick else 9):
+                for row in measure(bits, dtype, 1 << exponent, device, repeats=3 if arguments.quick else 9):
                     backend, *figures = row
                     name = str(dtype).removeprefix("torch.")
                     encode, decode, gelu, *fractions = figures
                     said = f"{encode:>7.3f}  {decode:>7.3f}  {gelu:>8.3f}  {'  '.join(f'{v:>9.2f}' for v in fractions)}"
                     print(f"{bits:>4}  {name:>8}  {f'2^{exponent}':>8}  {backend:>7}  {said}", flush=True)
-                    table.append((bits, name, 1 << exponent, backend, *(round(v, 4) for v in figures)))
+                    table.append((bits, name, 1 << exponent, backend, *(round(v, 4) for v in figures), *known.values()))
 
     if arguments.csv:
         with open(arguments.csv, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow((*COLUMNS, *known))
             writer.writerows(table)
 
 

@@ -23,7 +23,7 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -197,12 +197,12 @@ class Runner:
 
     def __init__(self, way: Way, model: nn.Module, batch: dict[str, Tensor]) -> None:
         self.model, self._context = way(model)
-        self._batch = batch
+        self.batch = batch
         self._device = next(model.parameters()).device
 
     def forward(self) -> Tensor:
         with self._context:
-            loss: Tensor = self.model(**self._batch).loss
+            loss: Tensor = self.model(**self.batch).loss
         return loss
 
     def seconds(self) -> tuple[float, float]:
@@ -230,7 +230,7 @@ class Runner:
 
     def held(self) -> int:
         """Bytes alive between forward and backward that the forward made."""
-        known = [*self.model.parameters(), *self.model.buffers(), *self._batch.values()]
+        known = [*self.model.parameters(), *self.model.buffers(), *self.batch.values()]
         if isinstance(self.model, torch._dynamo.OptimizedModule):
             return sum(held_for_backward(self.forward(), known).values())
         with Made() as made:
@@ -318,15 +318,17 @@ def measure(case: Case, rounds: int, rows: dict[str, Way], device: str) -> dict[
     return figures
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(MODELS)}; all where none is given")
-    parser.add_argument("--quick", action="store_true", help="a fifth of the rounds")
+    parser.add_argument(
+        "--quick", action="store_true", help="a twentieth of the rounds, and launch-bound alone if none is named"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch; all of them where not given")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--rows", metavar="TEXT", help="only the first row, and those whose names contain this")
     parser.add_argument("--csv", metavar="PATH", help="write the table there too")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     for name in arguments.models:
         if name not in MODELS:
             parser.error(f"no model {name!r}; there are {', '.join(MODELS)}")
@@ -346,9 +348,9 @@ def main() -> None:
     )
 
     table = []
-    for name in arguments.models or MODELS:
+    for name in arguments.models or (["launch-bound"] if arguments.quick else MODELS):
         case = MODELS[name]
-        rounds = -(-case.rounds // 5) if arguments.quick else case.rounds
+        rounds = -(-case.rounds // 20) if arguments.quick else case.rounds
         for row, f in measure(case, rounds, rows, arguments.device).items():
             spread = f"{f['time']:.3f} ({f['lower']:.3f}-{f['upper']:.3f})"
             held = f"{f['held_bytes'] / 2**20:>9.2f}  {f['held']:>6.3f}"

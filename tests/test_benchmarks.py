@@ -1,0 +1,61 @@
+"""The benchmarks run, in their quick forms, and write what they print. What they measure is nobody's business here."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+# of exact=True where nothing is exact
+pytestmark = pytest.mark.filterwarnings("ignore:fewbit_hooks.scope compressed nothing")
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+import bench_batch
+import bench_ops
+import bench_step
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_of_each_op(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench_ops.main(["--quick", "--csv", str(tmp_path / "ops.csv")])
+    table = rows(tmp_path / "ops.csv")
+    assert len(table) == 2 * 2 * 8
+    assert all(float(row[column]) > 0 for row in table for column in ("encode", "decode", "gelu f+b", "encode bw"))
+    assert "ratio = (encode + decode) / (gelu f+b)" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_of_a_step(tmp_path: Path) -> None:
+    bench_step.main(["--quick", "--csv", str(tmp_path / "step.csv")])
+    table = {row["row"]: row for row in rows(tmp_path / "step.csv")}
+    assert list(table) == list(bench_step.ROWS)
+    held = {name: int(row["held_bytes"]) for name, row in table.items()}
+    assert held["scope(exact=True)"] <= held["stock"] == held["stock again"]
+    assert held["scope(exact=True, recompute=True)"] < held["stock"]
+    assert held["compiled, scope(bits=3)"] < held["compiled"]
+    gradients = {name: float(row["gradients"]) for name, row in table.items()}
+    assert gradients["scope(exact=True, recompute=True)"] == 0 < gradients["scope(bits=3)"] < 0.1
+    assert gradients["compiled"] < 1e-5  # it draws the random numbers that an eager step draws
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_of_the_largest_batch(tmp_path: Path) -> None:
+    bench_batch.main(["--quick", "--csv", str(tmp_path / "batch.csv")])
+    table = {row["row"]: row for row in rows(tmp_path / "batch.csv")}
+    assert all(int(row["bytes"]) <= int(row["budget_bytes"]) for row in table.values())
+    batch = {name: int(row["batch"]) for name, row in table.items()}
+    assert 0 < batch["stock"] < batch["scope(bits=3)"] <= batch["scope(bits=3, recompute=True)"]
+
+
+def test_the_search_finds_the_largest_that_fits() -> None:
+    class Linear:
+        def bytes(self, batch: int) -> int:
+            return 10 * batch + 7
+
+    for budget, found in ((16, 0), (17, 1), (26, 1), (27, 2), (137, 13), (1000, 99)):
+        assert bench_batch.largest(Linear(), budget) == (found, 10 * found + 7 if found else 0)
