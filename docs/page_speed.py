@@ -26,6 +26,8 @@ with the stock step of its own round. *Time* is the median of these ratios, with
 what 1.00 looks like on that machine; *held* is what lives between forward and backward beside parameters, buffers and
 batch, as a share of stock's; *gradients* is the relative distance from stock's. *Checkpoint per block* is
 `torch.utils.checkpoint` around every block, *selective checkpoint* the same with matrix products and attention kept.
+*Compiled* is torch.compile with Inductor, also with its `activation_memory_budget` at a half; what is held is then what
+the compiled graph keeps.
 
 ![Time of a step against memory held, by model](images/memory-against-time.png)
 """
@@ -56,6 +58,9 @@ MARKERS = {
     "scope(exact=True, recompute=True)": ("#fc8d62", "s"),
     "checkpoint per block": ("#7570b3", "^"),
     "selective checkpoint": ("#8da0cb", "v"),
+    "compiled": ("#666666", "P"),
+    "compiled, budget 0.5": ("#a6761d", "X"),
+    "compiled, scope(bits=3)": ("#e7298a", "P"),
 }
 
 

@@ -78,7 +78,7 @@ def run(coding: Coding | None, call: Call, func: Any, args: tuple[Any, ...], kwa
     if is_exporting():  # what is exported is the model, without the scope that it happens to be in
         return func(*args, **kwargs)
     x = args[0] if args else kwargs.get("input", kwargs.get("self"))
-    if not isinstance(x, Tensor) or not x.requires_grad or x.numel() * x.element_size() < coding.min_bytes:
+    if type(x) is not Tensor or not x.requires_grad or x.numel() * x.element_size() < coding.min_bytes:
         return func(*args, **kwargs)
     rest = {key: value for key, value in kwargs.items() if key not in ("input", "self")}
     for value in (*args[1:], *rest.values()):

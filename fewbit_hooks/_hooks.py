@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import ops
+from ._dtensor import PartHook, Whole, is_dtensor, local_part
 from ._errors import FewbitError, FewbitRuntimeError
 from ._inverse import Inverse, Itself
 from ._ledger import CODES, KEPT, OUTPUT, Ledger, Row, Step
@@ -140,7 +141,7 @@ def keep(tensor: Tensor, name: str, around: Hooks | None) -> Kept | Handed:
     return Kept(tensor, name) if around is None else Handed(tensor, around)
 
 
-def unpack(packed: Packed | Beside | Kept | Handed) -> Tensor:
+def unpack(packed: Packed | Beside | Kept | Handed | Whole) -> Tensor:
     """The unpack hook."""
     return packed.unpack()
 
@@ -286,11 +287,15 @@ def run_coded(
     around: Hooks | None = None,
 ) -> Any:
     """Make a recognised call with our hooks around it; see `PackHook`."""
-    pack = PackHook(plan, x, ledger, site, inverse, around)
+    pack = PackHook(plan, local_part(x), ledger, site, inverse, around)
+    hook: Callable[[Tensor], Any] = pack
+    if is_dtensor(x):
+        name = plan.activation.name
+        hook = PartHook(pack, x, lambda t: keep(t, name, around))
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        with torch.autograd.graph.saved_tensors_hooks(hook, unpack):
             y = run()
-        pack.finish(y)
+        pack.finish(local_part(y))
         return y
     finally:
         pack.release()

@@ -120,7 +120,12 @@ class Step:
         alive = self.held.keys() | set(self._own)
         for watch in self._watches:
             site, relied = watch.site, watch.copies if watch.site.expected is Verdict.COPY else [watch.y]
-            if site.expected in FROM_OUTPUT and any(self._versions[ref.storage] != ref.version for ref in relied):
+            coded = watch.treated in (Verdict.CODES, Verdict.OUTPUT)
+            if (
+                coded
+                and site.expected in FROM_OUTPUT
+                and any(self._versions[ref.storage] != ref.version for ref in relied)
+            ):
                 site.output_changes = True
                 site.forget()
             input_kept = all(storage in alive for storage in watch.storages)

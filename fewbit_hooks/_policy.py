@@ -16,6 +16,7 @@ from . import _activations, ops
 from ._calls import Call
 from ._catalog import codebook
 from ._codebook import Codebook
+from ._dtensor import is_in_parts
 from ._errors import FewbitError, FewbitTypeError, FewbitValueError
 from ._exclude import Exclusion, Rule
 from ._mask_calls import MASKS
@@ -134,18 +135,19 @@ def disabled() -> bool:
     return os.environ.get("FEWBIT_DISABLE", "0") not in ("", "0")
 
 
-def obstacle(x: Tensor, hooks: object) -> str:
+def obstacle(x: Tensor, hooks: object, *, in_parts: bool = False) -> str:
     """Why this tensor cannot be coded here, whatever the settings; empty where it can.
 
     Args:
         x: the input of a recognised call.
         hooks: the innermost saved-tensor hooks when the scope was entered.
+        in_parts: a DTensor can, by the part that lies on this rank.
     """
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return TRANSFORM  # grad-like transforms raise at any saved-tensor hook, and vmap's tensors are wrapped
     if forward_ad._current_level >= 0:
         return FORWARD_AD  # the tangent's formula saves tensors of its own
-    if type(x) is not Tensor:
+    if type(x) is not Tensor and not (in_parts and is_in_parts(x)):
         return PARAMETER if type(x) is nn.Parameter else f"a {type(x).__name__}: wrapper subclasses are kept"
     if x.dtype not in DTYPES:
         return f"dtype {str(x.dtype).removeprefix('torch.')}"

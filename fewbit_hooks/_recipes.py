@@ -91,7 +91,18 @@ class Leaf:
                 f"{self.version}. Replace the inplace operation by its out-of-place form, or run the module under "
                 "`with fewbit_hooks.scope(bits=None):`."
             )
+        if not is_allocated(self.tensor):
+            raise FewbitRuntimeError(
+                f"a parameter of shape {list(self.tensor.shape)}, from which others are computed again for backward, "
+                "is not there: its memory was freed after the forward (FSDP does that). Gather it together with the "
+                "layer that follows its module, or run the module under `with fewbit_hooks.scope(bits=None):`."
+            )
         return self.tensor
+
+
+def is_allocated(t: Tensor) -> bool:
+    """Whether its memory is there: FSDP frees a unit's parameters when its forward is over."""
+    return t.numel() == 0 or t.untyped_storage().nbytes() > 0
 
 
 class Recipe:
@@ -195,6 +206,8 @@ class Source:
     def part(self, depth: int) -> Part | None:
         """An anchor, or else what a recipe gives; None where there is neither."""
         kept: Any = self._own() if self._own is not None else _known.anchor(self._storage.cdata)
+        if self._own is not None and (kept is None or not is_allocated(kept)):
+            return None  # it will be there again for its own module's backward, later than it is needed here
         if kept is not None and kept.dtype == self._geometry.dtype and kept._version == self._version:
             return Leaf(self._geometry.of(kept.detach()), self._version)
         if self.origin is None or self.origin.geometry.dtype != self._geometry.dtype:

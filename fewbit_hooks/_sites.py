@@ -189,7 +189,8 @@ class Watch:
         output: the storage of its output.
         copies: those of copies of it.
         treated: as what the call was treated. OUTPUT: the derivative is taken from the output or a copy already, and
-            its packed object holds it. INPUT: the input is kept so that the output need not be.
+            its packed object holds it. INPUT: the input is kept so that the output need not be. UNKNOWN: it is no
+            activation, but a consumer.
         relying: the packed objects that hold the output, or a copy; weak, for a graph may be dropped before the look.
         held: the output or copies, each with its version: held for that alone, at a site that will soon rely on it.
     """
@@ -225,7 +226,7 @@ class Watch:
         self.relying = [weakref.ref(packed) for packed in relying]
         self.held: list[tuple[Tensor, int]] = []
         self._shape, self._stride, self._version = output.shape, output.stride(), output._version
-        if site.expected is Verdict.OUTPUT and treated in (Verdict.UNKNOWN, Verdict.CODES):
+        if site.expected is Verdict.OUTPUT and treated is Verdict.CODES:
             self.held.append((output.detach(), output._version))
 
     def follow(self, y: Tensor, copy: Tensor) -> None:
@@ -233,7 +234,7 @@ class Watch:
         if y._version != self._version or y.shape != self._shape or y.stride() != self._stride:
             return
         self.copies.append(StorageWeakRef(copy.untyped_storage()))
-        if self.treated is not Verdict.OUTPUT and self.site.expected is Verdict.COPY:
+        if self.treated is Verdict.CODES and self.site.expected is Verdict.COPY:
             self.held.append((copy, copy._version))
         if self.site.verdict is Verdict.COPY:
             for ref in self.relying:

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import _fused, _hooks, _one_node, _policy, _recipes, _recompute
 from ._again import run_again
 from ._calls import Call
+from ._dtensor import local_part
 from ._inverse import Itself
 from ._ledger import HELD, Ledger
 from ._plan import Plan
@@ -32,7 +33,7 @@ def run(entry: Entry, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict
         return func(*args, **kwargs)
     run_it = functools.partial(call.one_node or func, *args, **kwargs)
     try:
-        if not admits(entry, call.name, x):
+        if not admits(entry, call.name, x, in_parts=call.one_node is None):
             return run_it()
         plan = _policy.make_plan(entry.scope._settings, call, func, args, kwargs, x)
         if call.one_node is not None and plan.captures(x):
@@ -44,14 +45,17 @@ def run(entry: Entry, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict
     return _as_it_is(entry, call, plan, x, run_it)
 
 
-def admits(entry: Entry, name: str, x: Tensor) -> bool:
+def admits(entry: Entry, name: str, x: Tensor, *, in_parts: bool = False) -> bool:
     """Whether a call with this input is worth a second look; counts those that are not.
+
+    Args:
+        in_parts: a DTensor is coded by its part.
 
     Raises:
         Keep: it is, and it is kept.
     """
     settings, ledger = entry.scope._settings, entry.scope._ledger
-    reason = _policy.obstacle(x, entry.hooks)
+    reason = _policy.obstacle(x, entry.hooks, in_parts=in_parts)
     if reason in NO_BYTES:
         ledger.passed(name, reason, 0)
         return False
@@ -59,7 +63,7 @@ def admits(entry: Entry, name: str, x: Tensor) -> bool:
         return False
     if reason:
         raise Keep(reason)
-    if (nbytes := x.numel() * x.element_size()) < max(settings.min_bytes, 1):
+    if (nbytes := local_part(x).nbytes) < max(settings.min_bytes, 1):
         ledger.passed(name, _policy.SMALL if nbytes else _policy.EMPTY, nbytes)
         return False
     if settings.bits is None:
@@ -77,7 +81,7 @@ def leave(
     if isinstance(y, Tensor) and y.requires_grad:
         ledger = entry.scope._ledger
         saves_output = call.activation is not None and call.activation.saves == "output"
-        ledger.original(ledger.row(call.name, None, reason, site=site), y if saves_output else x)
+        ledger.original(ledger.row(call.name, None, reason, site=site), local_part(y if saves_output else x))
         saves_input = call.activation is not None and call.activation.saves == "input"
         if entry.recomputes and saves_input and _has_its_own(x, y):
             _recipes.anchor(x)
@@ -113,7 +117,7 @@ def as_one_node(
 ) -> Tensor:
     """Run an activation that is written in primitives as one node: from codes, from its output, or again."""
     ledger, name = entry.scope._ledger, plan.activation.name
-    site, verdict = _site(entry, name)
+    site, verdict = _site(entry, name, entry.recomputes)
     if verdict in (Verdict.LEAVE, Verdict.INPUT):
         y = again(entry, name, forward, x, never_kept, site)
         _watch_input(ledger, site, verdict, y)
@@ -129,25 +133,26 @@ def as_one_node(
 def _as_it_is(entry: Entry, call: Call, plan: Plan, x: Tensor, run_it: functools.partial[Any]) -> Any:
     """Make the call of one node with our hooks around it, or without."""
     ledger = entry.scope._ledger
-    site, verdict = _site(entry, call.name)
+    recomputes = entry.recomputes and type(x) is Tensor
+    site, verdict = _site(entry, call.name, recomputes)
     if verdict is Verdict.INPUT and plan.codebook is None:
         verdict = site.verdict if site is not None else verdict  # a bit is less than the input, none less than that
     if verdict in (Verdict.LEAVE, Verdict.INPUT):
         y = leave(entry, call, HELD if verdict is Verdict.LEAVE else SOURCE, x, run_it, site)
         _watch_input(ledger, site, verdict, y)
         return y
-    inverse = plan.inverse(x, copied=verdict is Verdict.COPY) if verdict in FROM_OUTPUT else None
-    if inverse is None and entry.fuses:
+    inverse = plan.inverse(local_part(x), copied=verdict is Verdict.COPY) if verdict in FROM_OUTPUT else None
+    if inverse is None and entry.fuses and type(x) is Tensor:
         fused = _fused.run(plan, ledger, x, site)
         if fused is not None:
             return fused
     y = _hooks.run_coded(plan, ledger, x, run_it, site, inverse, entry.around)
-    if entry.recomputes and not plan.inplace and plan.codebook is not None and isinstance(y, Tensor):
+    if recomputes and not plan.inplace and plan.codebook is not None and isinstance(y, Tensor):
         _recompute.note_activation(run_it, x, y, site=(site, ledger.coming_step) if site is not None else None)
     return y
 
 
-def _site(entry: Entry, name: str) -> tuple[Site | None, Verdict]:
+def _site(entry: Entry, name: str, recomputes: bool) -> tuple[Site | None, Verdict]:
     """The place that the call comes from, and what is to be done there."""
     if entry.hooks is not None:
         # Under hooks of others nothing is learned: a checkpoint must see the same saved tensors when it runs again.
@@ -157,7 +162,7 @@ def _site(entry: Entry, name: str) -> tuple[Site | None, Verdict]:
     site = scope._sites.find(name, step)
     if site is None:
         return None, Verdict.UNKNOWN
-    return site, site.treatment(entry.recomputes, step)
+    return site, site.treatment(recomputes, step)
 
 
 def _watch_input(ledger: Ledger, site: Site | None, verdict: Verdict, y: Any) -> None:

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -796,52 +795,3 @@ def test_a_scope_inside_a_backward_hook_codes_what_the_hook_calls(x: Tensor) -> 
         assert run_with_hook(x, hook) == [True]
         assert is_coded(x)
     assert torch_state() == before
-
-
-# DistributedDataParallel
-
-DDP_BITS = 4
-
-
-def ddp_process(rank: int, world: int, directory: str) -> None:
-    """One process of a DDP run: the gradients of each, and whether activations were coded, go into a file."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=world
-    )
-    net = nn.parallel.DistributedDataParallel(model())
-    data = torch.randn(32, 16, generator=torch.Generator().manual_seed(5)).chunk(world)[rank]
-    with fewbit.scope(bits=DDP_BITS, min_bytes=0) as memory:
-        loss = net(data).square().mean()
-        loss.backward()
-    dtensor = dtensor_gradients()
-    torch.save((gradients(net), memory.report().to_dict(), dtensor), Path(directory) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def dtensor_gradients() -> tuple[Tensor, Tensor]:
-    """The gradient of a sharded activation without a scope, and under one: a DTensor is kept."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    results = []
-    for scope in (contextlib.nullcontext(), quiet(8)):
-        with scope:
-            h = distribute_tensor(torch.linspace(-3, 3, 32).view(4, 8), mesh, [Shard(0)]).requires_grad_()
-            y = F.gelu(h)
-        y.sum().backward()
-        results.append(h.grad.full_tensor())
-    return results[0], results[1]
-
-
-def test_ddp_averages_the_coded_gradients_of_two_processes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(ddp_process, (2, str(tmp_path)), nprocs=2)
-    (first, report, dtensors), (second, _, _) = (torch.load(tmp_path / f"{r}.pt") for r in range(2))
-    assert equal(first, second)
-    data = torch.randn(32, 16, generator=torch.Generator().manual_seed(5)).chunk(2)
-    expected = [(a + b) / 2 for a, b in zip(*(run_plain(part, DDP_BITS) for part in data), strict=True)]
-    for a, b in zip(first, expected, strict=True):
-        torch.testing.assert_close(a, b)
-    assert {row["bits"] for row in report["rows"]} == {DDP_BITS}
-    torch.testing.assert_close(dtensors[0], dtensors[1], rtol=0, atol=0.02)
