@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import fewbit_hooks as fewbit
+import page_coverage
 import page_memory
 import page_speed
 from fewbit_hooks import Activation
@@ -116,6 +117,7 @@ def main() -> None:
     (DOCS / "faq.md").write_text(page_memory.faq_page(), encoding="utf-8")
     (DOCS / "speed.md").write_text(page_speed.speed_page(), encoding="utf-8")
     page_speed.draw()
+    (DOCS / "coverage.md").write_text(page_coverage.coverage_page(), encoding="utf-8")
     (DOCS / "activations.md").write_text(activations_page(), encoding="utf-8")
     for name, bits in (("gelu", 3), ("silu", 2)):
         fewbit.codebook(name, bits).plot(DOCS / "images" / f"{name}-{bits}-bits.png")

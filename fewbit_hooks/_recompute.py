@@ -138,7 +138,10 @@ def look_at_norm(call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: 
         return y
 
     parameters = [given[i] for i in where[1:]]
-    gain, extra, keeps_x = _facts(call.name, forward, x, parameters, given_without)
+    try:
+        gain, extra, keeps_x = _facts(call.name, forward, x, parameters, given_without)
+    except (RuntimeError, ValueError, IndexError):
+        return None  # what torch says of a small input it says of the call, too, which is made as it is
     # others than layer_norm keep a contiguous copy of what is not
     itself = call.name == "layer_norm" or x.is_contiguous() or x.is_contiguous(memory_format=_LAST[x.dim()])
     return Norm(forward, parameters, gain, extra, keeps_x, keeps_x and itself)
@@ -197,7 +200,8 @@ def _facts(
     name: str, forward: Callable[..., Tensor], x: Tensor, parameters: Sequence[Tensor], others: list[Any]
 ) -> tuple[float, float, bool]:
     """What a norm that is run again would keep less, what it saves beside its input, and whether it saves that."""
-    shape = probe_shape(x, channels=name == "group_norm")
+    normalized = next((value for value in others if isinstance(value, (tuple, list))), ())
+    shape = probe_shape(x, channels=name == "group_norm", last=max(1, len(normalized)))
     trainable = x.requires_grad, *(p.requires_grad for p in parameters)
     dtypes = tuple(p.dtype for p in parameters)
     key = name, x.dtype, x.device, shape, trainable, dtypes, str(others), Autocast.of(x.device.type)
@@ -210,15 +214,15 @@ def _facts(
     return _known_facts[key]
 
 
-def probe_shape(x: Tensor, *, channels: bool = False) -> tuple[int, ...]:
+def probe_shape(x: Tensor, *, channels: bool = False, last: int = 1) -> tuple[int, ...]:
     """The shape of a small input on which a norm saves, for each byte, what it saves of `x`.
 
     Args:
         channels: those of the second dimension must be there, as they are if there are four.
+        last: dimensions at the end over which it is normalised.
     """
     ones = [1] * x.dim()
-    if x.dim():
-        ones[-1] = x.shape[-1]
+    ones[x.dim() - last :] = x.shape[x.dim() - last :]
     if x.dim() > 1 and (channels or x.dim() == 4):
         ones[1] = x.shape[1]
     return tuple(ones)

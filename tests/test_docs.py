@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import page_coverage
 import page_speed
 from docs import make
 
@@ -46,6 +47,14 @@ def test_the_quickstarts_first_example_prints_what_it_says() -> None:
 
 def test_the_page_of_speed_is_the_csvs() -> None:
     assert (DOCS / "speed.md").read_text(encoding="utf-8") == page_speed.speed_page()
+
+
+def test_the_page_of_coverage_is_the_csvs_and_nothing_in_it_is_wrong() -> None:
+    assert (DOCS / "coverage.md").read_text(encoding="utf-8") == page_coverage.coverage_page()
+    assert all(row["wrong"] == "0" for row in page_coverage.read(page_coverage.CASES))
+    models = page_coverage.read(page_coverage.ARCHITECTURES)
+    assert all(row["loss_equal"] == "True" and float(row["held"]) <= 1 for row in models)
+    assert all(float(row["gradients"]) == 0 for row in models if "exact=True" in row["setting"])
 
 
 def test_the_tests_that_the_page_of_compatibility_names_exist() -> None:

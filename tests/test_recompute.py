@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import gc
+import re
 import threading
 import types
 import weakref
@@ -1186,3 +1187,42 @@ def test_a_sparse_tensor_is_kept_as_ever() -> None:
     stock = run()
     with exact():
         assert torch.equal(run(), stock)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        nn.LayerNorm([4, 64]),
+        nn.LayerNorm([2, 4, 64]),
+        nn.RMSNorm([4, 64]),
+        nn.RMSNorm([2, 4, 64]),
+        nn.RMSNorm([2, 4, 64], 0.5),
+    ],
+    ids=str,
+)
+def test_norms_over_several_dimensions(norm: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), norm, nn.Linear(64, 64))
+    x = torch.randn(3, 2, 4, 64)
+    loss, stock, held = step(model, x)
+    again, mine, less = step(model, x, exact())
+    assert torch.equal(again, loss)
+    assert same(mine, stock)
+    assert held - less >= x.nbytes  # the norm's output, and what an RMSNorm keeps beside its input
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: F.layer_norm(x, (5,)),
+        lambda x: F.rms_norm(x, (3, 5)),
+        lambda x: F.layer_norm(x, (2, 2, 2, 2)),
+        lambda x: F.layer_norm(x, (64,), torch.ones(3)),
+        lambda x: F.group_norm(x, 7),
+    ],
+)
+def test_a_norm_that_fails_says_what_it_says_without_a_scope(call: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    x.requires_grad_()
+    with pytest.raises(RuntimeError, match=r"normalized_shape|weight|num_groups|channels") as stock:
+        call(x * 1)
+    with exact(), pytest.raises(RuntimeError, match=re.escape(str(stock.value))):
+        call(x * 1)
