@@ -71,8 +71,19 @@ def _coding(bits: int | None, named: tuple[tuple[str, int | None], ...], min_byt
     return Coding(bits, named, min_bytes)
 
 
-def run(coding: Coding | None, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Make a recognised call while it is traced. Dynamo reads this function, too: it must be plain."""
+def run(
+    coding: Coding | None,
+    call: Call,
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    composite: bool = False,
+) -> Any:
+    """Make a recognised call while it is traced. Dynamo reads this function, too: it must be plain.
+
+    Args:
+        composite: it is written in primitives, of which none is coded where the whole is not.
+    """
     if coding is None or call.activation is None or call.one_node is not None or not torch.is_grad_enabled():
         return func(*args, **kwargs)
     if is_exporting():  # what is exported is the model, without the scope that it happens to be in
@@ -86,6 +97,9 @@ def run(coding: Coding | None, call: Call, func: Any, args: tuple[Any, ...], kwa
             return func(*args, **kwargs)
     fixed = (*rest.items(), *call.fixed)
     constants = _constants(call.name, call.names, call.inplace, coding, args[1:], fixed, str(x.dtype))
+    if constants is None and composite:
+        with torch._C.DisableTorchFunction():
+            return func(*args, **kwargs)
     if constants is None:
         return func(*args, **kwargs)
     return _Coded.apply(x, func, args[1:], rest, constants)  # type: ignore[no-untyped-call]

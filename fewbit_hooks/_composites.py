@@ -180,7 +180,7 @@ def _run_or_leave(composite: Composite) -> types.FunctionType:
         if is_compiling():
             if call is None or kwargs:
                 return forward(self, *args, **kwargs)
-            return run_compiled(coding(), call, partial(forward, self), args, kwargs)
+            return run_compiled(coding(), call, partial(forward, self), args, kwargs, True)
         entry = acting()
         if entry is None or not is_grad_enabled():
             return forward(self, *args, **kwargs)

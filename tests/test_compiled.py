@@ -252,3 +252,21 @@ def test_checkpoint_inside_a_compiled_function_is_correct() -> None:
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
     result = gradient(net, compiled, x, scope())
     assert close(result, gradient(net, net, x)) or close(result, gradient(net, net, x, scope()))
+
+
+@pytest.mark.parametrize("bits", [{"gelu": None, "default": 3}, {"silu": 3}], ids=str)
+def test_of_a_composite_that_is_kept_no_primitive_is_coded(bits: dict[str, int | None]) -> None:
+    activations = pytest.importorskip("transformers.activations", reason="transformers is not installed")
+    net, x = mlp(activations.NewGELUActivation()), torch.randn(8, 16)
+    run = torch.compile(net, backend="aot_eager", fullgraph=True)
+    exact = gradient(net, net, x)
+    assert close(gradient(net, run, x, scope(bits)), exact)
+    assert not close(gradient(net, run, x, scope(3)), exact)
+
+
+def test_the_eager_part_of_a_model_is_counted() -> None:
+    net, x = mlp(), torch.randn(8, 16)
+    run = torch.compile(net[0], backend="aot_eager")
+    with scope(None) as memory:
+        net[2](net[1](run(x))).sum().backward()
+    assert [(row.activation, row.bits) for row in memory.report().rows] == [("gelu", None)]

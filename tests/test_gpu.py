@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -134,6 +136,35 @@ def test_a_step_can_be_captured_in_a_cuda_graph(model: nn.Module, engine: str) -
     graph.replay()
     for p, expected in zip(model.parameters(), eager, strict=True):
         torch.testing.assert_close(p.grad, expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo's and inductor's own
+def test_a_compiled_step_of_mode_reduce_overhead_is_coded(model: nn.Module) -> None:
+    torch._dynamo.reset()
+    compiled, x = torch.compile(model, mode="reduce-overhead", fullgraph=True), torch.randn(512, 256, device="cuda")
+
+    def gradients(run: Any, scope: Any) -> list[Tensor]:
+        model.zero_grad()
+        torch.compiler.cudagraph_mark_step_begin()
+        with scope:
+            loss = run(x).square().mean()
+        loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    coded = gradients(model, fewbit.scope(min_bytes=0))
+    for _ in range(4):  # the first steps warm up and capture
+        result = gradients(compiled, fewbit.scope(min_bytes=0))
+        for mine, expected in zip(result, coded, strict=True):
+            torch.testing.assert_close(mine, expected, rtol=2e-2, atol=2e-5)
+
+
+def test_pinned_memory_is_coded() -> None:
+    x = torch.randn(4096).pin_memory().requires_grad_()
+    with fewbit.scope(min_bytes=0) as opened:
+        y = F.gelu(x)
+    assert opened.report().rows[0].bits == 3
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, fewbit.codebook("gelu", 3).derivative(x.detach()), rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

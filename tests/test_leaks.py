@@ -121,6 +121,33 @@ def test_a_thousand_training_steps_leave_nothing(how: str) -> None:
         assert_flat(memory, 1_000, step, max_pending=8)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"bits": 3}, {"bits": 3, "recompute": True}, {"exact": True, "recompute": True}], ids=str
+)
+def test_a_thousand_steps_with_norms_masks_and_copies_leave_nothing(settings: dict[str, Any]) -> None:
+    model = nn.Sequential(
+        nn.Linear(16, 64),
+        nn.LayerNorm(64),
+        nn.SiLU(),
+        nn.Dropout(0.2),
+        nn.Linear(64, 64),
+        nn.GELU(),
+        nn.ReflectionPad1d(2),
+        nn.Conv1d(1, 1, 5),
+        nn.ReLU6(),
+        nn.Linear(64, 4),
+    )
+    batch = torch.randn(64, 1, 16)
+
+    with fewbit.enable(min_bytes=0, **settings) as handle:
+
+        def step(i: int) -> None:
+            model.zero_grad()
+            model(batch).square().mean().backward()
+
+        assert_flat(handle.scope, 1_000, step, max_pending=16)
+
+
 def test_evaluation_under_enable_without_a_backward_leaves_nothing() -> None:
     model = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 4))
     batch = torch.randn(64, 16)

@@ -1,0 +1,152 @@
+"""torch.func around whole models under a scope, and what autograd can be asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vmap
+
+import fewbit_hooks as fewbit
+
+
+def model(*more: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.GELU(), *more, nn.Linear(16, 3), nn.Tanh())
+
+
+def quiet(**settings: Any) -> fewbit.scope:
+    made = fewbit.scope(min_bytes=0, **settings)
+    made._warned = True
+    return made
+
+
+SETTINGS: list[dict[str, Any]] = [{"bits": 1}, {"exact": True}, {"bits": 1, "recompute": True}]
+
+Compositions = dict[str, Callable[[nn.Module, Tensor], Any]]
+COMPOSITIONS: Compositions = {
+    "per-sample gradients": lambda net, x: vmap(
+        grad(lambda p, row: functional_call(net, p, (row[None],)).square().sum()),
+        in_dims=(None, 0),
+        randomness="different",
+    )(dict(net.named_parameters()), x),
+    "grad of vmap": lambda net, x: grad(lambda t: vmap(net, randomness="different")(t).square().sum())(x),
+    "jacfwd of jacrev": lambda net, x: jacfwd(jacrev(lambda t: net(t).sum()))(x[0]),
+    "jacrev of jacfwd": lambda net, x: jacrev(jacfwd(lambda t: net(t).sum()))(x[0]),
+    "hessian of vmap": lambda net, x: hessian(lambda t: vmap(net, randomness="different")(t).square().sum())(x[:2]),
+    "vmap of vmap": lambda net, x: vmap(vmap(net, randomness="same"), randomness="different")(x[None]),
+}
+
+
+def leaves(value: Any) -> list[Tensor]:
+    return torch.utils._pytree.tree_leaves(value)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, in forward mode
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("composition", COMPOSITIONS)
+def test_compositions_of_transforms_are_stocks(composition: str, settings: dict[str, Any], dropout: bool) -> None:
+    net, x = model(*([nn.Dropout(0.3)] if dropout else [])), torch.randn(5, 6)
+    if dropout and composition.startswith(("jac", "hessian")):
+        net.eval()  # a jacobian of random draws is none
+    torch.manual_seed(1)
+    expected = leaves(COMPOSITIONS[composition](net, x))
+    torch.manual_seed(1)
+    with quiet(**settings) as opened:
+        result = leaves(COMPOSITIONS[composition](net, x))
+    assert all(map(torch.equal, result, expected))
+    coded = [row for row in opened.report().rows if row.bits]
+    assert not coded
+    assert "inside a torch.func transform" in {row.reason for row in opened.report().rows}
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_gradients_of_several_outputs_for_a_subset_of_the_inputs(settings: dict[str, Any]) -> None:
+    net, x = model(nn.Dropout(0.3)), torch.randn(64, 6)
+    first, last = net[0].weight, net[-2].weight
+
+    def ask(around: Any) -> list[Tensor]:
+        torch.manual_seed(1)
+        with around:
+            hidden = net[:3](x)
+            y = net[3:](hidden)
+        weights = [torch.ones_like(hidden), torch.linspace(0, 1, y.numel()).view_as(y)]
+        some = torch.autograd.grad([hidden, y], [first], weights, retain_graph=True)
+        others = torch.autograd.grad([y], [last, hidden, first], weights[1:], retain_graph=True)
+        return [*some, *others, *torch.autograd.grad([hidden, y], [first, last], weights)]
+
+    exact, opened = ask(contextlib.nullcontext()), quiet(**settings)
+    for _ in range(3):
+        result = ask(opened)
+        assert torch.equal(result[0], result[-2])
+        assert torch.equal(result[1], result[-1])  # the last layer's gradient comes before any code but tanh's
+        if settings.get("exact"):
+            assert all(map(torch.equal, result, exact))
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_gradients_accumulate_over_microbatches_as_over_the_batch(settings: dict[str, Any]) -> None:
+    net, x = model(), torch.randn(64, 6)
+    with quiet(**settings):
+        net(x).sum().backward()
+    whole = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    for part in x.chunk(4):
+        with quiet(**settings):  # a new one, which has learned nothing either
+            loss = net(part).sum()
+        loss.backward()
+    for p, expected in zip(net.parameters(), whole, strict=True):
+        torch.testing.assert_close(p.grad, expected)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
+}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_a_scope_is_copied_with_its_settings_and_books_of_its_own(copied: Callable[[Any], Any]) -> None:
+    net, x, opened = model(), torch.randn(64, 6), quiet(bits=2, exclude=("0",))
+    with opened:
+        net(x).sum().backward()
+    other = copied(opened)
+    assert repr(other) == repr(opened)
+    assert other.report().rows == ()
+    with other:
+        net(x).sum().backward()
+    assert {row.bits for row in other.report().rows} == {2}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_activations_and_profiles_are_copied(copied: Callable[[Any], Any]) -> None:
+    gelu = next(a for a in fewbit.activations() if a.name == "gelu")
+    assert copied(gelu).name == "gelu"
+    profile = fewbit.profile(model(), torch.randn(64, 6))
+    assert str(copied(profile)) == str(profile)
+
+
+def test_a_model_trained_under_a_scope_is_saved_and_copied_as_before(tmp_path: Any) -> None:
+    net, x, opened = model(nn.Dropout(0.3)), torch.randn(64, 6), quiet(bits=3, recompute=True)
+    for _ in range(3):
+        with opened:
+            loss = net(x).sum()
+        loss.backward()
+    net.eval()
+    torch.save(net.state_dict(), tmp_path / "state.pt")
+    torch.save(net, tmp_path / "whole.pt")
+    other = model(nn.Dropout(0.3)).eval()
+    other.load_state_dict(torch.load(tmp_path / "state.pt"))
+    for found in (other, torch.load(tmp_path / "whole.pt", weights_only=False), copy.deepcopy(net)):
+        assert torch.equal(found(x), net(x))
+        with opened:
+            assert torch.equal(found(x), net(x))
+    assert torch.equal(torch.export.export(net, (x,)).module()(x), net(x))
