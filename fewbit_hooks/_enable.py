@@ -23,7 +23,7 @@ class Handle:
 
     def __init__(self, opened: scope, entry: _stack.Entry) -> None:
         self.scope = opened
-        self._entry = entry
+        self._entry: _stack.Entry | None = entry
         self._thread = threading.get_ident()
 
     def remove(self) -> None:
@@ -32,6 +32,8 @@ class Handle:
         Raises:
             FewbitError: called on another thread than `enable()`.
         """
+        if self._entry is None:
+            return
         if threading.get_ident() != self._thread:
             raise FewbitError("remove() must be called on the thread that called enable(): scopes are per thread")
         if self._entry in _stack.entries():
@@ -40,6 +42,15 @@ class Handle:
     def report(self) -> Report:
         """The scope's report."""
         return self.scope.report()
+
+    # A copy holds nothing open: it has a copy of the scope, and its remove() does nothing.
+    def __getstate__(self) -> dict[str, Any]:
+        return {"scope": self.scope}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.scope = state["scope"]
+        self._entry = None
+        self._thread = threading.get_ident()
 
     def __enter__(self) -> Handle:
         return self

@@ -127,6 +127,16 @@ def test_a_scope_is_copied_with_its_settings_and_books_of_its_own(copied: Callab
 
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_a_copied_handle_holds_nothing_open(copied: Callable[[Any], Any]) -> None:
+    with fewbit.enable(bits=2, min_bytes=0) as handle:
+        other = copied(handle)
+        other.remove()
+        assert fewbit.active() is handle.scope
+        assert repr(other.scope) == repr(handle.scope)
+    assert fewbit.active() is None
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 def test_activations_and_profiles_are_copied(copied: Callable[[Any], Any]) -> None:
     gelu = next(a for a in fewbit.activations() if a.name == "gelu")
     assert copied(gelu).name == "gelu"
