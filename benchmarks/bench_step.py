@@ -105,6 +105,7 @@ MODELS = {
     "resnet-50": Case(lambda: images(hf.ResNetConfig(), 160), 9),
     # by default every convolution keeps a padded copy, and not the output of the ReLU6 before it
     "mobilenet-v2": Case(lambda: images(hf.MobileNetV2Config(), 160), 13),
+    "mobilenet-v2-224": Case(lambda: images(hf.MobileNetV2Config(), 224), 13),
     "mobilenet-v2-unpadded": Case(lambda: images(hf.MobileNetV2Config(tf_padding=False), 160), 13),
     "roberta-2-layers": Case(lambda: roberta(2, 768, 8, 128), 9),
     "llama-4-layers": Case(llama, 9),
