@@ -121,7 +121,7 @@ def draw(path: Path = CSV, picture: Path = PICTURE) -> None:
                 held = 100 * float(row["held"])
                 panel.errorbar(held, time, spread, color=colour, marker=marker, label=row["row"], capsize=2)
         panel.set_title(model, fontsize=10)
-        panel.set_xlim(0, 105)
+        panel.set_xlim(0, 112)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     for panel in panels:  # those left over
