@@ -55,7 +55,8 @@ def admits(entry: Entry, name: str, x: Tensor, *, in_parts: bool = False) -> boo
         Keep: it is, and it is kept.
     """
     settings, ledger = entry.scope._settings, entry.scope._ledger
-    if type(x) is Tensor and (nbytes := x.nbytes) < settings.min_bytes:  # in models of many small calls most are such
+    nbytes = x.numel() * x.element_size()  # nbytes raises if it is sparse
+    if type(x) is Tensor and nbytes < settings.min_bytes:  # in models of many small calls most are such
         if x.requires_grad:
             ledger.passed(name, _policy.SMALL if nbytes else _policy.EMPTY, nbytes)
         return False
