@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs the tests that need a GPU, then the benchmarks, and leaves CSVs. Needs torch with CUDA and pytest; nothing else is installed.
+# Runs the tests that need a GPU, then the benchmarks, and leaves CSVs. Needs torch with CUDA, pytest and transformers; nothing is installed.
 #
 #     sh benchmarks/gpu.sh [FOLDER]        # FOLDER: where the CSVs go; $OUT, else benchmarks/results
 #
@@ -20,5 +20,9 @@ python3 -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py || status=$?
 python3 -m pytest -q -p no:cacheprovider tests/test_triton.py tests/test_fused.py || status=$?
 python3 -m fewbit_hooks doctor || status=$?
 python3 benchmarks/bench_ops.py --csv "$out/ops-$gpu.csv" || status=$?
+for name in step batch; do # they need transformers
+    python3 "benchmarks/bench_$name.py" --device cuda --csv "$out/$name-$gpu.csv" || status=$?
+done
+python3 benchmarks/bench_batch.py --device cuda --paper || status=$?
 echo "CSVs in $out"
 exit "$status"
