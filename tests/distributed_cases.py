@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -240,5 +241,10 @@ def process(rank: int, directory: str, cases: tuple[str, ...]) -> None:
                 results[case, name] = copy.deepcopy(CASES[case](name))
             except Exception as error:
                 results[case, name] = f"{type(error).__name__}: {error}"
-    torch.save(results, Path(directory) / f"{rank}.pt")
-    dist.destroy_process_group()
+    done = [Path(directory) / f"{r}.pt" for r in range(WORLD)]
+    torch.save(results, done[rank].with_suffix(".part"))
+    done[rank].with_suffix(".part").rename(done[rank])
+    while not all(path.exists() for path in done):  # then nobody waits for anybody any more
+        time.sleep(0.05)
+    # gloo's threads after a fully_shard now and then abort the process as it ends (3 of 34 runs without this library)
+    os._exit(0)
