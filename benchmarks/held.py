@@ -30,7 +30,7 @@ def held_for_backward(root: Tensor, not_counted: Iterable[Tensor] = (), *, table
         tables: count the decoding tables, too. They are constants that all packed objects of a kind share, and larger
             than the tensors of a tiny model.
     """
-    others = {t.untyped_storage()._cdata for t in not_counted}
+    others = {_part(t).untyped_storage()._cdata for t in not_counted}
     walk = _Walk(tables)
     nodes: list[Any] = [root.grad_fn]
     visited: set[Any] = {None}
@@ -60,13 +60,20 @@ class _Walk:
 
     def count(self, value: Any) -> None:
         if isinstance(value, Tensor):
-            self.held[value.untyped_storage()._cdata] = value.untyped_storage().nbytes()
+            storage = _part(value).untyped_storage()
+            self.held[storage._cdata] = storage.nbytes()
         elif id(value) not in self._seen and (isinstance(value, (list, tuple, dict)) or _is_the_librarys(value)):
             self._seen.add(id(value))
             table = None if self._tables else getattr(value, "rows", None)
             for part in gc.get_referents(value):
                 if part is not table:
                     self.count(part)
+
+
+def _part(t: Any) -> Tensor:
+    """What of a DTensor lies here: its own storage has the size of the whole, and no memory."""
+    part: Tensor = getattr(t, "_local_tensor", t)
+    return part
 
 
 def _is_the_librarys(value: Any) -> bool:

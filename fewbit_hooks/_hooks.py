@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import ops
-from ._dtensor import PartHook, Whole, is_dtensor, local_part
+from ._dtensor import PartHook, Whole, detached, is_dtensor, local_part, version_of
 from ._errors import FewbitError, FewbitRuntimeError
 from ._inverse import Inverse, Itself
 from ._ledger import CODES, KEPT, OUTPUT, Ledger, Row, Step
@@ -95,11 +95,11 @@ class Beside:
 
     def rely_on(self, y: Tensor) -> None:
         """The call has its output; or that has been copied, and `y` is what it is in the copy."""
-        self.output, self.version = y.detach(), y._version
+        self.output, self.version = detached(y), version_of(y)
 
     def has_changed(self) -> bool:
         """Whether the output has been changed in place."""
-        return self.output is not None and self.output._version != self.version
+        return self.output is not None and version_of(self.output) != self.version
 
     def unpack(self) -> Tensor:
         """What follows from the output and the bits: the stand-ins."""
@@ -108,12 +108,12 @@ class Beside:
         if self.has_changed():
             raise FewbitRuntimeError(
                 f"the output of {self.name}, of shape {list(self.output.shape)}, has been modified by an inplace "
-                f"operation: it is at version {self.output._version}, expected {self.version}. Its derivative is taken "
-                "from the output, which another node was seen to keep. From the next step on it is not; for this one, "
-                "replace the inplace operation, or run the module under `with fewbit_hooks.scope(bits=None):`."
+                f"operation: it is at version {version_of(self.output)}, expected {self.version}. Its derivative is "
+                "taken from the output, which another node was seen to keep. From the next step on it is not; for this "
+                "one, replace the inplace operation, or run the module under `with fewbit_hooks.scope(bits=None):`."
             )
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            return self.decoder(self.output, self.packed, self.layout)
+            return self.decoder(local_part(self.output), self.packed, self.layout)
 
 
 class Kept:
@@ -291,11 +291,11 @@ def run_coded(
     hook: Callable[[Tensor], Any] = pack
     if is_dtensor(x):
         name = plan.activation.name
-        hook = PartHook(pack, x, lambda t: keep(t, name, around))
+        hook = PartHook(pack, x, lambda t: keep(t, name, around), Kept)
     try:
         with torch.autograd.graph.saved_tensors_hooks(hook, unpack):
             y = run()
-        pack.finish(local_part(y))
+        pack.finish(y)
         return y
     finally:
         pack.release()

@@ -16,7 +16,7 @@ from . import _activations, ops
 from ._calls import Call
 from ._catalog import codebook
 from ._codebook import Codebook
-from ._dtensor import is_in_parts
+from ._dtensor import is_in_parts, reason_to_keep
 from ._errors import FewbitError, FewbitTypeError, FewbitValueError
 from ._exclude import Exclusion, Rule
 from ._mask_calls import MASKS
@@ -147,8 +147,11 @@ def obstacle(x: Tensor, hooks: object, *, in_parts: bool = False) -> str:
         return TRANSFORM  # grad-like transforms raise at any saved-tensor hook, and vmap's tensors are wrapped
     if forward_ad._current_level >= 0:
         return FORWARD_AD  # the tangent's formula saves tensors of its own
-    if type(x) is not Tensor and not (in_parts and is_in_parts(x)):
-        return PARAMETER if type(x) is nn.Parameter else f"a {type(x).__name__}: wrapper subclasses are kept"
+    if type(x) is not Tensor:
+        if isinstance(x, nn.Parameter):
+            return PARAMETER
+        if not (in_parts and is_in_parts(x)):
+            return reason_to_keep(x)
     if x.dtype not in DTYPES:
         return f"dtype {str(x.dtype).removeprefix('torch.')}"
     if x.layout is not torch.strided or x.is_nested:

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ._dtensor import detached, is_dtensor, local_part, version_of
 from ._modules import CALL_IMPL, ModuleRef, model_of
 
 LOOK_AGAIN = 64
@@ -196,6 +197,7 @@ class Watch:
     """
 
     __slots__ = (
+        "_followed",
         "_shape",
         "_stride",
         "_version",
@@ -220,18 +222,20 @@ class Watch:
         self.site = site
         self.thread = threading.get_ident()
         self.saved = saved
-        self.output = StorageWeakRef(output.untyped_storage())
+        self.output = StorageWeakRef(local_part(output).untyped_storage())
         self.copies: list[StorageWeakRef] = []
         self.treated = treated
         self.relying = [weakref.ref(packed) for packed in relying]
         self.held: list[tuple[Tensor, int]] = []
+        # a copy of a DTensor's part may be one of what the DTensor was changed to: its version does not tell
+        self._followed = not is_dtensor(output)
         self._shape, self._stride, self._version = output.shape, output.stride(), output._version
         if site.expected is Verdict.OUTPUT and treated is Verdict.CODES:
-            self.held.append((output.detach(), output._version))
+            self.held.append((detached(output), version_of(output)))
 
     def follow(self, y: Tensor, copy: Tensor) -> None:
         """A copy was made of `y`, which is the output, or another tensor on its storage."""
-        if y._version != self._version or y.shape != self._shape or y.stride() != self._stride:
+        if y._version != self._version or y.shape != self._shape or y.stride() != self._stride or not self._followed:
             return
         self.copies.append(StorageWeakRef(copy.untyped_storage()))
         if self.treated is Verdict.CODES and self.site.expected is Verdict.COPY:
@@ -243,7 +247,7 @@ class Watch:
 
     def look(self, step: int) -> None:
         """See which storages are alive, and learn of it."""
-        changed = any(tensor._version != version for tensor, version in self.held)
+        changed = any(version_of(tensor) != version for tensor, version in self.held)
         self.held.clear()  # or our own references would be what keeps them
         if changed or any(packed.has_changed() for ref in self.relying if (packed := ref()) is not None):
             self.site.output_changes = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import fewbit_hooks as fewbit
-from fewbit_hooks import _dtensor
+from fewbit_hooks import _dtensor, _policy
+from held import held_for_backward
 
 from . import distributed_cases
 from .distributed_cases import CASES, SCOPES, WORLD, alone
@@ -113,6 +115,16 @@ def test_a_dtensors_part_is_coded(results: Results) -> None:
             assert torch.equal(dtensor["gradients"][key], gradient)
 
 
+def test_a_source_whose_memory_is_freed_after_the_forward_is_named() -> None:
+    # as FSDP would, if its hooks were to gather the norm later than the layer behind it asks
+    norm, linear = nn.LayerNorm(32), nn.Linear(32, 32)
+    with fewbit.scope(exact=True, recompute=True, min_bytes=0):
+        loss = linear(norm(torch.randn(8, 32, requires_grad=True) * 1)).sum()
+    norm.weight.untyped_storage().resize_(0)
+    with pytest.raises(fewbit.FewbitError, match=r"a parameter of shape \[32\].*memory was freed after the forward"):
+        loss.backward()
+
+
 # One process is enough for what a DTensor is
 
 
@@ -121,6 +133,120 @@ def mesh(tmp_path: Path) -> Any:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
     torch.distributed.destroy_process_group()
+
+
+class Changed(nn.Module):
+    """The product keeps what was made of the activation's output, in place."""
+
+    def __init__(self, function: Any, change: Any) -> None:
+        super().__init__()
+        self.function, self.change = function, change
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.function(x)
+        self.change(y)
+        return y * y
+
+
+def change_whole(y: Tensor) -> None:
+    y.mul_(-1.7)
+
+
+def change_view(y: Tensor) -> None:
+    y.view(12, 8).add_(1)
+
+
+@torch.no_grad()
+def change_part(y: Any) -> None:
+    y.to_local().mul_(-1.7)
+
+
+@pytest.mark.parametrize("change", [change_whole, change_view, change_part])
+@pytest.mark.parametrize("name", ["gelu", "silu", "leaky_relu"])
+def test_a_dtensor_output_that_is_changed_in_place_is_not_relied_upon(mesh: Any, name: str, change: Any) -> None:
+    # its part does not count what is done to the whole: the derivative would be that of the changed output
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = Changed(getattr(nn.functional, name), change)
+    opened = fewbit.scope(bits=8, min_bytes=0)
+    for step in range(5):
+        x = distribute_tensor(torch.randn(8, 12, generator=torch.Generator().manual_seed(step)), mesh, [Shard(0)])
+        _, mine = gradient(model, x, opened)
+        _, stock = gradient(model, x, contextlib.nullcontext())
+        difference = (mine - stock).full_tensor().norm() / stock.full_tensor().norm()
+        assert difference < (1e-6 if name == "leaky_relu" else 0.01), step
+
+
+@pytest.mark.parametrize("change", [change_whole, change_view, change_part])
+def test_a_dtensor_output_that_is_changed_once_it_is_relied_upon_raises(mesh: Any, change: Any) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    model = Changed(nn.functional.gelu, lambda y: None)
+    opened = fewbit.scope(bits=3, min_bytes=0)
+    x = distribute_tensor(torch.randn(8, 12), mesh, [Shard(0)]).requires_grad_()
+    for _ in range(3):
+        with opened:
+            model(x * 1).sum().backward()
+    model.change = change
+    with opened:
+        loss = model(x * 1).sum()
+    with pytest.raises(fewbit.FewbitError, match=r"the output of gelu, of shape \[8, 12\], has been modified"):
+        loss.backward()
+
+
+def test_a_padded_copy_of_a_dtensors_part_is_not_relied_upon(mesh: Any) -> None:
+    # it may be a copy of what the whole was changed to
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    weight = torch.randn(1, 8, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    class Padded(nn.Module):
+        def forward(self, x: Any) -> Tensor:
+            y = nn.functional.gelu(x)
+            y.mul_(-1.7)
+            return nn.functional.conv1d(nn.functional.pad(y.to_local()[None], (1, 1)), weight)
+
+    model, opened = Padded(), fewbit.scope(bits=8, min_bytes=0)
+    for _ in range(5):
+        x = distribute_tensor(torch.randn(8, 12), mesh, [Shard(0)])
+        _, mine = gradient(model, x, opened)
+        _, stock = gradient(model, x, contextlib.nullcontext())
+        assert (mine - stock).full_tensor().norm() / stock.full_tensor().norm() < 0.01
+
+
+def test_a_kept_dtensor_that_is_changed_in_place_raises_as_without_a_scope(mesh: Any) -> None:
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    for scope in (contextlib.nullcontext(), opened := fewbit.scope(bits=3, min_bytes=0)):
+        opened._warned = True
+        row = distribute_tensor(torch.randn(1, 8), mesh, [Replicate()]).requires_grad_() * 1
+        with scope:
+            y = nn.functional.gelu(row.expand(64, 8))  # codes would be larger than the one row
+        row.mul_(-2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+    assert [row.reason for row in opened.report().rows] == ["codes would be no smaller than its storage"]
+
+
+def test_what_is_held_of_a_dtensor_is_its_part_once(mesh: Any) -> None:
+    # the storage of the DTensor itself, one for each that is saved, has the size of the whole, and no memory
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    x = distribute_tensor(torch.randn(8, 12), mesh, [Shard(0)]).requires_grad_()
+    y = -x  # keeps nothing itself
+    part = y.to_local().untyped_storage()
+    assert held_for_backward((y * y).to_local().sum(), [x]) == {part._cdata: part.nbytes()}
+
+
+def test_a_parameter_that_is_a_dtensor_is_kept(mesh: Any) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    weight = nn.Parameter(distribute_tensor(torch.randn(8, 12), mesh, [Shard(0)]))
+    opened = fewbit.scope(bits=3, min_bytes=0)
+    opened._warned = True
+    with opened:
+        nn.functional.gelu(weight).sum().backward()
+    assert [row.bits for row in opened.report().rows] == [None]
 
 
 def gradient(function: Any, x: Tensor, scope: Any) -> tuple[Any, Any]:
@@ -161,7 +287,7 @@ def test_a_partial_dtensor_is_kept_exact(mesh: Any) -> None:
     _, mine = gradient(nn.functional.gelu, x, opened)
     _, stock = gradient(nn.functional.gelu, x, fewbit.scope(bits=None))
     assert torch.equal(mine.full_tensor(), stock.full_tensor())
-    assert [row.reason for row in opened.report().rows] == ["a DTensor: wrapper subclasses are kept"]
+    assert [row.reason for row in opened.report().rows] == ["a partial DTensor: its parts are summed first"]
 
 
 @pytest.mark.filterwarnings("ignore:DTensor random operators may not have complete support")
@@ -174,6 +300,18 @@ def test_a_mask_of_a_dtensor_is_kept_exact(mesh: Any) -> None:
     torch.manual_seed(0)
     y, mine = gradient(lambda t: nn.functional.dropout(t, 0.5), x, opened)
     assert torch.equal(mine.full_tensor(), (y.full_tensor() != 0) * 2.0)
+    (row,) = opened.report().rows
+    assert row.reason == "a DTensor, of which only activations of one node are coded"
+
+
+def test_a_part_still_being_gathered_is_kept(mesh: Any) -> None:
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+    from torch.distributed.tensor import DTensor, Replicate
+
+    part = AsyncCollectiveTensor(torch.randn(8, 12))
+    whole = DTensor.from_local(part, mesh, [Replicate()], run_check=False)
+    reason = "a DTensor whose part is a AsyncCollectiveTensor: wrapper subclasses are kept"
+    assert _policy.obstacle(whole, None, in_parts=True) == reason
 
 
 def test_an_offloader_is_handed_the_codes_of_the_part(mesh: Any) -> None:
