@@ -38,7 +38,6 @@ Decoder: TypeAlias = Callable[[Tensor, Tensor | None, ops.Layout], Tensor]
 Hooks: TypeAlias = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 """A pack hook and its unpack hook."""
 
-NAN = "holds NaN, where stock's gradient depends on the position"
 NO_GAIN = "codes would be no smaller than its storage"
 
 
@@ -272,9 +271,7 @@ class PackHook:
     def _reason_to_keep(self, t: Tensor) -> str:
         if ops.packed_bytes(t.numel(), self._bits) >= t.untyped_storage().nbytes():
             return NO_GAIN
-        if self._inverse is None and self._plan.activation.nan_by_position and not t.is_cuda and ops.has_nan(t):
-            return NAN
-        return ""
+        return self._plan.reason_to_keep(t) if self._inverse is None else ""
 
 
 def run_coded(

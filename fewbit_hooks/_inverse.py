@@ -85,7 +85,7 @@ class Inverse:
         """
         key = output, dtype, device
         if key not in self._tables:
-            s = self.inputs(_looked_up(output))
+            s = self.inputs(output)
             saved = saved_by(self._function, s.to(dtype).to(device, non_blocking=True))
             self._tables[key] = [t.to(dtype) if t.shape == s.shape else None for t in saved]
         table = self._tables[key][k]
@@ -96,13 +96,19 @@ class Inverse:
         """The derivative itself by output and side; as `table`."""
         key = output, dtype, device
         if key not in self._slopes:
-            slopes = torch.from_numpy(self._derivative(self.inputs(_looked_up(output)).numpy()))
+            slopes = torch.from_numpy(self._derivative(self.inputs(output).numpy()))
             self._slopes[key] = slopes.to(dtype).to(device, non_blocking=True)
         return self._slopes[key]
 
-    def inputs(self, dtype: torch.dtype) -> Tensor:
-        """The inputs, in float64, of all outputs of a 16-bit dtype: those left of the minimum, then those right."""
-        y = all_values(dtype).double().nan_to_num(nan=REACH, posinf=REACH, neginf=-REACH).numpy()
+    def inputs(self, output: torch.dtype) -> Tensor:
+        """The inputs, in float64, of all 16-bit values of an output: those left of the minimum, then those right.
+
+        NaN is the input of NaN; and of an infinity that infinity, where it is not one for being looked up in 16 bits.
+        """
+        dtype = _looked_up(output)
+        y = all_values(dtype).double().numpy()
+        if output != dtype:
+            y = np.clip(y, -65504, 65504)
         if self.minimum is None:
             return torch.from_numpy(self._solve(y, np.linspace(-REACH, REACH, POINTS)))
         # in steps that grow from the minimum, where y changes with the square of the distance
@@ -115,7 +121,7 @@ class Inverse:
         """Where f reaches y among `x`, linear between them; the nearer end where it never does."""
         reached, first = np.unique(_evaluate(self._function, x), return_index=True)  # of a flat piece the first x
         solution: Array = np.interp(y, reached, x[first])
-        return solution
+        return np.where(np.isinf(y), y, solution)
 
 
 class Itself:

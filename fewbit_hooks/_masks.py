@@ -69,7 +69,7 @@ def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: 
     settings, ledger = entry.scope._settings, entry.scope._ledger
     # a parameter may well have a mask; a subclass among the arguments decides what is saved
     foreign = next((t for t in tensors if type(t) not in (Tensor, nn.Parameter)), x.detach())
-    if reason := _policy.obstacle(foreign, entry.hooks) or (_policy.TRACING if _policy.traced() else ""):
+    if reason := _policy.obstacle(foreign, entry.hooks):
         ledger.passed(call.name, reason, 0)
         return func(*args, **kwargs)
     # No more than the mask's bytes: a dropout's mask is as large as its input, or smaller.

@@ -21,6 +21,9 @@ from ._inverse import Inverse, Itself, find_inverse, serves_itself
 from ._standins import Function, all_values, derivative_from, saved_by, saves, standins, standins_16bit
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
+NAN = "holds NaN, where stock's gradient depends on the position"
+NOT_FINITE = "holds NaN or infinities, where stock's gradient is NaN"
+
 Coder = Callable[[Tensor], Tensor]
 Saved = list[Tensor | None]
 
@@ -56,6 +59,7 @@ class Plan:
         self._intermediates: float | None = None
         self._inverse: Inverse | None = None
         self._inverse_sought = False
+        self._not_a_number: tuple[bool, bool] | None = None
         self._serves_itself: dict[tuple[torch.dtype, torch.device], bool] = {}
         self.thresholds = ops.Thresholds(codebook.boundaries, codebook.folded) if codebook else None
 
@@ -111,6 +115,25 @@ class Plan:
             values = self._telling_values(x.dtype).to(x.device)
             self._serves_itself[key] = serves_itself(self._function, values)
         return self._serves_itself[key]
+
+    def reason_to_keep(self, t: Tensor) -> str:
+        """Why codes cannot stand for what is in a tensor that the call saves; empty where they can.
+
+        On CUDA it is not looked: the answer would make the host wait for the device.
+        """
+        if t.is_cuda:
+            return ""
+        if self.codebook is None:
+            return NAN if self.activation.nan_by_position and ops.has_nan(t) else ""
+        if self._not_a_number is None:
+            # how often: what a CPU's kernel makes of a NaN may depend on the position
+            at = torch.from_numpy(np.repeat([[np.nan], [np.inf], [-np.inf]], 64, axis=1))
+            slope = derivative_from(self._function, saved_by(self._function, at), at).isnan().any(1)
+            self._not_a_number = bool(slope[0]), bool(slope[1:].any())
+        at_nan, at_infinity = self._not_a_number
+        if (at_infinity and not ops.is_finite(t)) or (at_nan and not at_infinity and ops.has_nan(t)):
+            return NOT_FINITE
+        return ""
 
     def level_rows(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The decoding table of the derivative itself, for a call that is run as one node."""

@@ -152,12 +152,10 @@ def obstacle(x: Tensor, hooks: object, *, in_parts: bool = False) -> str:
             return PARAMETER
         if not (in_parts and is_in_parts(x)):
             return reason_to_keep(x)
-    if x.dtype not in DTYPES:
-        return f"dtype {str(x.dtype).removeprefix('torch.')}"
-    if x.layout is not torch.strided or x.is_nested:
-        return "a nested tensor" if x.is_nested else f"layout {str(x.layout).removeprefix('torch.')}"
-    if not (x.is_cpu or x.is_cuda):
-        return f"device {x.device.type}"
+    if reason := unfit(x):
+        return reason
+    if traced():
+        return TRACING
     if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         return DISABLED
     top = torch._C._autograd._top_saved_tensors_default_hooks(False)
@@ -167,10 +165,23 @@ def obstacle(x: Tensor, hooks: object, *, in_parts: bool = False) -> str:
     return ""
 
 
+def unfit(x: Tensor) -> str:
+    """Why what is in this tensor cannot be coded, or computed again, anywhere; empty where it can."""
+    if x.dtype not in DTYPES:
+        return f"dtype {str(x.dtype).removeprefix('torch.')}"
+    if x.layout is not torch.strided or x.is_nested:
+        return "a nested tensor" if x.is_nested else f"layout {str(x.layout).removeprefix('torch.')}"
+    if not (x.is_cpu or x.is_cuda):
+        return f"device {x.device.type}"
+    return ""
+
+
 def traced() -> bool:
     """Fake tensors or proxies stand for the true ones, or torch.jit.trace looks on."""
+    if torch._C._get_tracing_state() is not None:
+        return True
     keys = torch._C._TorchDispatchModeKey
-    return torch._C._get_tracing_state() is not None or any(
+    return torch._C._len_torch_dispatch_stack() > 0 and any(
         torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY)
     )
 

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from . import _built_in, _compiled, _copies, _masks, _policy, _recipes, _recompute, _stack, _treatment
+from . import _built_in, _compiled, _copies, _masks, _plan, _policy, _recipes, _recompute, _stack, _treatment
 from ._calls import BACKWARD, RECOGNISED
 from ._errors import FewbitError, FewbitTypeError, FewbitWarning
 from ._ledger import Ledger
@@ -156,42 +156,56 @@ class scope:
             )
         if not callable(function):
             raise FewbitTypeError(f"a scope decorates functions, got {function!r}")
-        if inspect.isgeneratorfunction(function):
-            return cast(Callable[P, R], self._wrap_generator(function))
+        generates = inspect.isgeneratorfunction(function)
+        run = cast(Callable[..., R], self._run_generator if generates else self._run)
+        if not inspect.isroutine(function) or inspect.ismethod(function):
+            # A bound method or a module, say: a copy of whoever holds the result must call its copy. Functions are
+            # never copied, and neither is what they close over.
+            updated = () if isinstance(function, nn.Module) else functools.WRAPPER_UPDATES
+            held: Any = functools.partial(run, function)
+            return cast(Callable[P, R], functools.update_wrapper(held, cast(Any, function), updated=updated))
+        if generates:
 
-        @functools.wraps(function, updated=() if isinstance(function, nn.Module) else ("__dict__",))
-        def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-            with self:
-                return function(*args, **kwargs)
+            @functools.wraps(function)
+            def generator(*args: P.args, **kwargs: P.kwargs) -> Any:
+                return (yield from run(function, *args, **kwargs))  # type: ignore[misc]
 
-        return wrapper
+            return generator
 
-    def _wrap_generator(self, function: Callable[P, Generator[Any, Any, Any]]) -> Callable[P, Generator[Any, Any, Any]]:
         @functools.wraps(function)
-        def wrapper(*args: P.args, **kwargs: P.kwargs) -> Generator[Any, Any, Any]:
-            generator = function(*args, **kwargs)
-            resume: Callable[[], Any] = functools.partial(next, generator)
-            try:
-                while True:
-                    try:
-                        with (
-                            self._open()
-                        ):  # only while the generator's own code runs, not the caller's between two items
-                            item = resume()
-                    except StopIteration as stop:
-                        return stop.value
-                    try:
-                        sent = yield item
-                        resume = functools.partial(generator.send, sent)
-                    except GeneratorExit:
-                        raise
-                    except BaseException as error:
-                        resume = functools.partial(generator.throw, error)
-            finally:
-                with self:  # this, the last time, looks whether anything was compressed
-                    generator.close()
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+            return run(function, *args, **kwargs)
 
         return wrapper
+
+    def _run(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if _compiled.is_exporting():  # what is exported is the function, and a strict export enters no scope
+            return function(*args, **kwargs)
+        with self:
+            return function(*args, **kwargs)
+
+    def _run_generator(
+        self, function: Callable[P, Generator[Any, Any, Any]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Generator[Any, Any, Any]:
+        generator = function(*args, **kwargs)
+        resume: Callable[[], Any] = functools.partial(next, generator)
+        try:
+            while True:
+                try:
+                    with self._open():  # only while the generator's own code runs, not the caller's between two items
+                        item = resume()
+                except StopIteration as stop:
+                    return stop.value
+                try:
+                    sent = yield item
+                    resume = functools.partial(generator.send, sent)
+                except GeneratorExit:
+                    raise
+                except BaseException as error:
+                    resume = functools.partial(generator.throw, error)
+        finally:
+            with self:  # this, the last time, looks whether anything was compressed
+                generator.close()
 
     def report(self) -> Report:
         """What the latest step saved, stored and freed, by activation and module, and what was kept and why.
@@ -207,6 +221,8 @@ class scope:
         if any(row.bits is not None for row in rows):
             self._warned = True  # once it has compressed something it needs no such warning any more
             return
+        if any(row.reason == _plan.NOT_FINITE for row in rows):
+            return  # the next step will be another
         self._warned = True
         if _compiled.traced and not rows:
             return  # what compiled graphs keep is not counted

@@ -144,7 +144,7 @@ class Seen:
         if x is None or (draws_nothing and call.name != "scaled_dot_product_attention"):
             return {}
         foreign = next((t for t in tensors if type(t) not in (Tensor, nn.Parameter)), x.detach())
-        if _policy.obstacle(foreign, self._pack_hook) or _policy.traced():
+        if _policy.obstacle(foreign, self._pack_hook):
             return {}
         others = []
         for saved in kept:

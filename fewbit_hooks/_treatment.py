@@ -96,7 +96,7 @@ def leave(
 
 def _has_its_own(x: Tensor, y: Tensor) -> bool:
     """Whether the result lies beside its input; where it was made in place, its node keeps a copy."""
-    if type(x) is not Tensor or x.layout is not torch.strided or y.layout is not torch.strided:
+    if type(x) is not Tensor or _policy.unfit(x) or y.layout is not torch.strided:
         return False  # no storage, or not the one that is kept
     return bool(y.untyped_storage()._cdata != x.untyped_storage()._cdata)
 
@@ -128,6 +128,8 @@ def as_one_node(
         _watch_input(ledger, site, verdict, y)
         return y
     inverse = plan.inverse(x) if verdict in FROM_OUTPUT else None
+    if inverse is None and plan.reason_to_keep(x):
+        return again(entry, name, forward, x, never_kept, site)
     assert not isinstance(inverse, Itself)  # that is for activations of two values
     y = _one_node.run_coded(plan, ledger, x, run_it, never_kept, site, inverse)
     if entry.recomputes and site is not None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -104,59 +102,3 @@ def test_gradients_accumulate_over_microbatches_as_over_the_batch(settings: dict
         loss.backward()
     for p, expected in zip(net.parameters(), whole, strict=True):
         torch.testing.assert_close(p.grad, expected)
-
-
-COPIES: dict[str, Callable[[Any], Any]] = {
-    "copy": copy.copy,
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
-}
-
-
-@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
-def test_a_scope_is_copied_with_its_settings_and_books_of_its_own(copied: Callable[[Any], Any]) -> None:
-    net, x, opened = model(), torch.randn(64, 6), quiet(bits=2, exclude=("0",))
-    with opened:
-        net(x).sum().backward()
-    other = copied(opened)
-    assert repr(other) == repr(opened)
-    assert other.report().rows == ()
-    with other:
-        net(x).sum().backward()
-    assert {row.bits for row in other.report().rows} == {2}
-
-
-@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
-def test_a_copied_handle_holds_nothing_open(copied: Callable[[Any], Any]) -> None:
-    with fewbit.enable(bits=2, min_bytes=0) as handle:
-        other = copied(handle)
-        other.remove()
-        assert fewbit.active() is handle.scope
-        assert repr(other.scope) == repr(handle.scope)
-    assert fewbit.active() is None
-
-
-@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
-def test_activations_and_profiles_are_copied(copied: Callable[[Any], Any]) -> None:
-    gelu = next(a for a in fewbit.activations() if a.name == "gelu")
-    assert copied(gelu).name == "gelu"
-    profile = fewbit.profile(model(), torch.randn(64, 6))
-    assert str(copied(profile)) == str(profile)
-
-
-def test_a_model_trained_under_a_scope_is_saved_and_copied_as_before(tmp_path: Any) -> None:
-    net, x, opened = model(nn.Dropout(0.3)), torch.randn(64, 6), quiet(bits=3, recompute=True)
-    for _ in range(3):
-        with opened:
-            loss = net(x).sum()
-        loss.backward()
-    net.eval()
-    torch.save(net.state_dict(), tmp_path / "state.pt")
-    torch.save(net, tmp_path / "whole.pt")
-    other = model(nn.Dropout(0.3)).eval()
-    other.load_state_dict(torch.load(tmp_path / "state.pt"))
-    for found in (other, torch.load(tmp_path / "whole.pt", weights_only=False), copy.deepcopy(net)):
-        assert torch.equal(found(x), net(x))
-        with opened:
-            assert torch.equal(found(x), net(x))
-    assert torch.equal(torch.export.export(net, (x,)).module()(x), net(x))

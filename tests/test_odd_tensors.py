@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import fewbit_hooks as fewbit
 
@@ -113,3 +113,82 @@ def test_models_of_several_dtypes_are_coded_in_each() -> None:
     (coded,), (exact,) = gradients(opened), gradients(contextlib.nullcontext())
     assert {row.activation: row.bits for row in opened.report().rows} == {"gelu": 8, "silu": 8, "tanh": 8, "relu": 1}
     assert (coded - exact).abs().max() < 0.05
+
+
+def nested(layout: torch.layout) -> Tensor:
+    rows = [torch.linspace(-2, 2, 24).view(3, 8), torch.linspace(-3, 3, 40).view(5, 8)]
+    return torch.nested.nested_tensor(rows, layout=layout, requires_grad=True)
+
+
+KINDS: dict[str, Callable[[], Tensor]] = {
+    "nested": lambda: nested(torch.strided),
+    "jagged": lambda: nested(torch.jagged),
+    "meta": lambda: torch.empty(4, 8, device="meta", requires_grad=True),
+    "complex": lambda: torch.linspace(-2, 2, 64).view(4, 8, 2).view(torch.complex64)[..., 0].requires_grad_(),
+    "sparse": lambda: torch.linspace(-2, 2, 32).view(4, 8).to_sparse().requires_grad_(),
+    "mkldnn": lambda: torch.linspace(-2, 2, 32).view(4, 8).to_mkldnn().requires_grad_(),
+}
+WEIGHT = torch.linspace(-1, 1, 64).view(8, 8).requires_grad_()
+CALLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "tanh": torch.tanh,
+    "hardtanh": F.hardtanh,
+    "linear": lambda x: F.linear(F.gelu(x), WEIGHT),
+    "linear after relu": lambda x: F.linear(F.relu(x), WEIGHT),
+    "cast": lambda x: F.linear(F.silu(x).to(torch.bfloat16).to(torch.float32), WEIGHT),
+    "product": lambda x: F.silu(x) * x,
+    "norm": lambda x: F.linear(F.layer_norm(x, (8,)), WEIGHT),
+    "dropout": lambda x: F.linear(F.dropout(F.gelu(x), 0.3), WEIGHT),
+    "padded": lambda x: F.pad(F.relu(x), (1, 1)),
+    "masked": lambda x: x.masked_fill(x > 0, 0.0),
+    "softmax": lambda x: F.softmax(x, -1) @ WEIGHT,
+}
+ALL_SETTINGS: list[dict[str, Any]] = [
+    {"bits": bits, "exact": exact, "recompute": recompute}
+    for bits, exact in ((3, False), (3, True), (None, False))
+    for recompute in (False, True)
+]
+
+
+def leaves(t: Tensor) -> list[Tensor]:
+    """What can be compared of a tensor of any kind."""
+    if t.is_meta:
+        return []
+    if t.is_nested:
+        return list(t.unbind())
+    return [t if t.layout is torch.strided else t.to_dense()]
+
+
+def outcome(make: Callable[[], Tensor], call: Callable[[Tensor], Tensor], around: Any, steps: int) -> Any:
+    """The output and the gradient of the last step; or what it says."""
+    net = nn.Identity()
+    net.forward = call
+    for _ in range(steps):
+        torch.manual_seed(0)
+        x = make()
+        try:
+            with around:
+                y = net(x)
+            total = y.sum() if y.is_meta else sum(t.abs().sum() for t in leaves(y))
+            total.backward()
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            return type(error)
+    return [*leaves(y.detach()), *leaves(x.grad)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_a_tensor_of_another_kind_has_stocks_result_or_stocks_error(
+    kind: Callable[[], Tensor], call: Callable[[Tensor], Tensor]
+) -> None:
+    stock = outcome(kind, call, contextlib.nullcontext(), 1)
+    for settings in ALL_SETTINGS:
+        mine = outcome(kind, call, quiet(**settings), 3)  # what is learned in two steps must not matter either
+        assert type(mine) is type(stock), (settings, mine, stock)
+        if isinstance(stock, list):
+            assert len(mine) == len(stock)
+            assert all(torch.equal(a, b) for a, b in zip(mine, stock, strict=True)), settings
+        else:
+            assert mine is stock, settings

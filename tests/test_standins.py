@@ -73,6 +73,13 @@ def gradient(call: Callable[[Tensor], Tensor], x: Tensor, bits: int) -> Tensor:
     return leaf.grad
 
 
+def stock(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    leaf = x.clone().requires_grad_()
+    call(leaf.clone()).sum().backward()
+    assert leaf.grad is not None
+    return leaf.grad
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, *(pytest.param(b, marks=pytest.mark.slow) for b in (5, 6, 7)), 8])
 @each_dtype
 @each_form
@@ -103,7 +110,7 @@ def _derivative(name: str, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 @each_dtype
 @each_form
-def test_a_nan_has_a_finite_gradient_and_still_reaches_the_loss(
+def test_a_nan_reaches_the_loss_and_its_gradient_is_stocks(
     name: str, parameters: Any, call: Any, dtype: torch.dtype
 ) -> None:
     x = torch.linspace(-3, 3, 67, dtype=dtype)
@@ -113,9 +120,8 @@ def test_a_nan_has_a_finite_gradient_and_still_reaches_the_loss(
         y = call(leaf.clone())
     assert y.isnan().nonzero().tolist() == [[40]]
     assert y.sum().isnan()
-    y.backward(torch.ones_like(y))
-    assert leaf.grad is not None
-    assert leaf.grad.isfinite().all()
+    (slope,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+    torch.testing.assert_close(slope, stock(call, x), rtol=0, atol=0, equal_nan=True)
 
 
 @each_dtype
@@ -128,6 +134,8 @@ def test_infinities_and_huge_inputs_take_the_outermost_levels(
     book = fewbit.codebook(name, 3, **parameters)
     ends = book.levels[[-1, -1]] if book.folded else book.levels[[0, -1]]
     expected = torch.from_numpy(ends).repeat_interleave(2)
+    if stock(call, x).isnan().any():  # such an infinity is kept exact
+        x, expected = x[1:3], expected[1:3]
     assert (gradient(call, x, 3).double() - expected).abs().max() <= tolerance(dtype, book.levels)
 
 

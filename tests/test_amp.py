@@ -1,0 +1,172 @@
+"""What mixed precision relies on: what is not finite is found where stock finds it, and loss scaling is undisturbed."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import QuickGELUActivation
+
+import fewbit_hooks as fewbit
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+SMOOTH = [a.name for a in fewbit.activations() if not a.exact]
+VALUES = [math.nan, math.inf, -math.inf]
+
+
+def quiet(**settings: Any) -> fewbit.scope:
+    made = fewbit.scope(min_bytes=0, **settings)
+    made._warned = True
+    return made
+
+
+class Model(nn.Module):
+    """An activation; before a Linear, which keeps its output, or not."""
+
+    def __init__(self, name: str, dtype: torch.dtype, kept: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(32, 32).to(dtype) if kept else None
+        function = next(a for a in fewbit.activations() if a.name == name).function
+        self.function = QuickGELUActivation() if name == "quick_gelu" else function
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.function(x * 1)
+        return y * 1 if self.linear is None else self.linear(y)
+
+
+def gradient(model: nn.Module, x: Tensor, around: Any) -> Tensor:
+    leaf = x.clone().requires_grad_()
+    with around:
+        y = model(leaf)
+    (slope,) = torch.autograd.grad(y, leaf, torch.ones_like(y))  # finite: only the derivative may be what is not
+    return slope
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["codes", "beside the output"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SMOOTH)
+def test_the_gradient_is_nan_where_stocks_is(name: str, dtype: torch.dtype, kept: bool) -> None:
+    model, x = Model(name, dtype, kept), torch.linspace(-3, 3, 32 * 32).view(32, 32).to(dtype)
+    opened = quiet(bits=3)
+    for _ in range(3):
+        gradient(model, x, opened)
+    assert opened.report().rows[0].bits is not None or name in ("tanh", "sigmoid", "tanhshrink")
+    for value in VALUES:
+        bad = x.clone()
+        bad[3, 5] = value
+        if kept and value == math.inf and dtype in (torch.float32, torch.float64):
+            continue  # looked up in 16 bits; who keeps the output, which is infinite, has an infinite gradient
+        if kept and value == -math.inf and name == "hardswish":
+            continue  # its output is NaN, its gradient is not
+        expected = gradient(model, bad, contextlib.nullcontext())
+        assert torch.equal(gradient(model, bad, opened).isfinite(), expected.isfinite()), value
+
+
+def test_the_report_says_that_it_is_kept_for_what_is_not_finite() -> None:
+    x = torch.linspace(-3, 3, 64)
+    x[7] = math.nan
+    opened = quiet(bits=3)
+    expected = gradient(Model("gelu", torch.float32, False), x, contextlib.nullcontext())
+    assert torch.equal(gradient(Model("gelu", torch.float32, False), x, opened).nan_to_num(), expected.nan_to_num())
+    (row,) = opened.report().rows
+    assert (row.bits, row.reason) == (None, "holds NaN or infinities, where stock's gradient is NaN")
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["sigmoid", "tanh", "softplus", "elu", "logsigmoid"])
+def test_infinities_that_stock_has_a_gradient_for_are_coded(name: str, value: float) -> None:
+    x = torch.linspace(-3, 3, 64)
+    x[7] = value  # a gate that is masked, say
+    opened = quiet(bits=3)
+    assert gradient(Model(name, torch.float32, False), x, opened).isfinite().all()
+    assert opened.report().rows[0].bits == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("settings", [{"bits": 3}, {"exact": True}, {"bits": 3, "recompute": True}], ids=str)
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("loss", [Tensor.mean, lambda y: y.square().mean()], ids=["mean", "square"])
+def test_a_gradient_scaler_finds_it_where_it_would_without_a_scope(
+    loss: Any, value: float, settings: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Under autocast, whether anything comes after the activation or not, and learned or not."""
+
+    def scales(around: Any) -> list[float]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Dropout(0.1), nn.Linear(32, 16), nn.SiLU())
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=100)
+        found = []
+        for step in range(6):
+            x = torch.randn(16, 8)
+            if step in (1, 4):
+                x[2, 3] = value
+            optimizer.zero_grad()
+            with around, torch.autocast("cpu", dtype=dtype):
+                total = loss(net(x))
+            scaler.scale(total).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            found.append(scaler.get_scale())
+        assert all(p.isfinite().all() for p in net.parameters())
+        return found
+
+    expected = scales(contextlib.nullcontext())
+    assert expected == [2.0**8, *[2.0**7] * 3, *[2.0**6] * 2]
+    assert scales(quiet(**settings)) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("settings", [{"exact": True}, {"exact": True, "recompute": True}], ids=str)
+def test_scaled_training_under_autocast_is_bit_equal_where_it_is_exact(
+    settings: dict[str, Any], dtype: torch.dtype
+) -> None:
+    def train(around: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 32), nn.LayerNorm(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, 1))
+        optimizer = torch.optim.Adam(net.parameters())
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        for _ in range(5):
+            optimizer.zero_grad()
+            with around, torch.autocast("cpu", dtype=dtype):
+                loss = F.mse_loss(net(torch.randn(16, 8)), torch.zeros(16, 1))
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+            scaler.step(optimizer)
+            scaler.update()
+        return [p.detach().clone() for p in net.parameters()]
+
+    assert all(map(torch.equal, train(quiet(**settings)), train(contextlib.nullcontext())))
+
+
+@pytest.mark.parametrize(("outer", "inner"), list(itertools.permutations([torch.float16, torch.bfloat16, None], 2)))
+def test_autocast_that_changes_within_a_model_codes_each_part_in_its_dtype(
+    outer: torch.dtype | None, inner: torch.dtype | None
+) -> None:
+    first, last = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def cast(dtype: torch.dtype | None) -> Any:
+        return torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+    def gradients(around: Any) -> list[Tensor]:
+        x = torch.linspace(-2, 2, 128).view(16, 8)
+        with around, cast(outer):
+            h = F.gelu(first(x))
+            with cast(inner):
+                y = F.silu(last(h.float()))
+            loss = y.float().square().mean()
+        return list(torch.autograd.grad(loss, [first.weight, last.weight]))
+
+    opened = quiet(bits=8)
+    for mine, exact in zip(gradients(opened), gradients(contextlib.nullcontext()), strict=True):
+        assert mine.dtype == exact.dtype
+        assert (mine - exact).norm() < 0.02 * exact.norm()
+    assert {row.activation: row.bits for row in opened.report().rows} == {"gelu": 8, "silu": 8}
