@@ -63,7 +63,7 @@ class Inverse:
     def side(self, x: Tensor) -> Tensor:
         """The bit: right of the minimum. A coder, as `ops.encode` takes it."""
         assert self.minimum is not None
-        return x > self.minimum
+        return ops.compare(lambda v: v > self.minimum, x)
 
     def standins(self, k: int, output: Tensor, packed: Tensor | None, layout: ops.Layout) -> Tensor:
         """What to hand the node for the k-th tensor that the call saves."""

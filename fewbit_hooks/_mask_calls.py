@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ._calls import Call, _callables, register_call
 
 
@@ -39,6 +42,22 @@ class MaskCall(Call):
         p = given.get("p", given.get("dropout_p", default))
         training = given.get("training", given.get("train", True))  # native_dropout takes None for True
         return (isinstance(p, (int, float)) and not 0.0 < p < 1.0) or not (training is None or training)
+
+    def mask_bytes(self, given: Mapping[str, Any]) -> int | None:
+        """The bytes of the mask, or more; None where that is not known before the call.
+
+        A dropout's mask is as large as its input, or smaller. That of attention is as the softmax: a number for each
+        query, head and key; on a GPU there may be none.
+        """
+        if self.mask or self.name == "dropout":
+            like = given.get(self.mask or "input")
+            return like.nbytes if isinstance(like, Tensor) and like.layout is torch.strided else None
+        query, key = given.get("query"), given.get("key")
+        if not isinstance(query, Tensor) or not isinstance(key, Tensor) or "num_heads" in given:
+            return None
+        if not query.is_cpu or torch.is_autocast_enabled("cpu"):
+            return None
+        return query.shape[:-1].numel() * key.shape[-2] * query.element_size()
 
 
 # What a user writes -> the names of its arguments, those that matter here by the names that they have above. As in

@@ -67,15 +67,16 @@ def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: 
     if x is None:
         return func(*args, **kwargs)
     settings, ledger = entry.scope._settings, entry.scope._ledger
+    nbytes = call.mask_bytes(given)
+    if nbytes is not None and nbytes < max(settings.min_bytes, 1):  # in models of many small calls most are such
+        ledger.passed(call.name, _policy.SMALL if nbytes else _policy.EMPTY, nbytes)
+        if entry.recomputes and entry.hooks is None and call.name == "scaled_dot_product_attention":
+            return _recompute.keeping(call.name, func, args, kwargs)
+        return func(*args, **kwargs)
     # a parameter may well have a mask; a subclass among the arguments decides what is saved
     foreign = next((t for t in tensors if type(t) not in (Tensor, nn.Parameter)), x.detach())
     if reason := _policy.obstacle(foreign, entry.hooks):
         ledger.passed(call.name, reason, 0)
-        return func(*args, **kwargs)
-    # No more than the mask's bytes: a dropout's mask is as large as its input, or smaller.
-    largest = given.get(call.mask) if call.mask else x if call.name == "dropout" else None
-    if isinstance(largest, Tensor) and (nbytes := largest.nbytes) < max(settings.min_bytes, 1):
-        ledger.passed(call.name, _policy.SMALL if nbytes else _policy.EMPTY, nbytes)
         return func(*args, **kwargs)
     look_again()
     try:

@@ -6,6 +6,7 @@ dtype and device is made when the first such tensor comes along.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -165,7 +166,7 @@ class Plan:
 
     def _second_value(self, v: Tensor) -> Tensor:
         assert self.activation.second_value is not None
-        return self.activation.second_value(v, **self.parameters)
+        return ops.compare(functools.partial(self.activation.second_value, **self.parameters), v)
 
     def _decoding_rows(self, dtype: torch.dtype, device: torch.device) -> Saved:
         if self.codebook is None:

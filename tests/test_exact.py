@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fewbit_hooks as fewbit
-from fewbit_hooks import _hooks
+from fewbit_hooks import _plan
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 BITS_OF = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -165,7 +165,7 @@ def test_the_report_says_that_a_nan_was_the_reason(name: str) -> None:
     x = torch.tensor([0.0, math.nan] * 100, requires_grad=True)
     with pytest.warns(fewbit.FewbitWarning, match="holds NaN"), fewbit.scope(min_bytes=0) as memory:
         CALLS[name][0](x)
-    assert [row.reason for row in memory.report().rows] == [_hooks.NAN]
+    assert [row.reason for row in memory.report().rows] == [_plan.NAN]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])

@@ -187,6 +187,11 @@ def test_what_has_a_third_value_is_no_mask(value: float) -> None:
     assert ops.second_value(mask) is None
 
 
+def test_zeros_of_both_signs_are_no_mask() -> None:
+    assert ops.second_value(torch.tensor([0.0, -0.0]).repeat(64)) is None
+    assert ops.second_value(torch.zeros(128)) == 0
+
+
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf, 1.25], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_a_mask_comes_back_bit_for_bit(dtype: torch.dtype, value: float) -> None:
@@ -263,6 +268,36 @@ def test_an_input_or_mask_smaller_than_min_bytes_passes(x: Tensor) -> None:
         ("where", None, small),
         ("scaled_dot_product_attention", None, small),
     }
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "kwargs"),
+    [
+        ((1, 2, 8, 4), (1, 2, 8, 4), {}),
+        ((3, 8, 4), (3, 5, 4), {}),
+        ((2, 6, 8, 4), (2, 2, 7, 4), {"enable_gqa": True}),
+        ((8, 4), (7, 4), {"is_causal": True}),
+    ],
+)
+def test_the_mask_of_attention_is_counted_before_it_is_made(
+    query: tuple[int, ...], key: tuple[int, ...], kwargs: dict[str, Any]
+) -> None:
+    q, k = torch.randn(query, requires_grad=True), torch.randn(key, requires_grad=True)
+    masks: list[int] = []
+
+    def see(t: Tensor) -> Tensor:
+        masks.extend([t.nbytes] if t.grad_fn is None and not t.requires_grad and ops.second_value(t) else [])
+        return t.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(see, lambda t: t):
+        F.scaled_dot_product_attention(q, k, k, dropout_p=0.4, **kwargs)
+    memory = fewbit.scope(min_bytes=1 << 20)
+    with pytest.warns(fewbit.FewbitWarning, match="smaller than min_bytes"), memory:
+        y = F.scaled_dot_product_attention(q, k, k, dropout_p=0.4, **kwargs)
+    assert y.requires_grad
+    assert [(row.reason, row.original_bytes) for row in memory.report().rows] == [
+        ("smaller than min_bytes", sum(masks))
+    ]
 
 
 # Masks that somebody may hold

@@ -268,6 +268,34 @@ def test_a_nan_is_found_anywhere_and_infinities_are_none(dtype: torch.dtype) -> 
     assert not ops.has_nan(x[1::2])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("small_chunks")
+def test_what_is_not_finite_is_found_anywhere(dtype: torch.dtype) -> None:
+    x = torch.randn(300).to(dtype)
+    x[7] = torch.finfo(dtype).max
+    assert ops.is_finite(x)
+    assert ops.is_finite(x[:0])
+    for value in (float("nan"), float("inf"), -float("inf")):
+        x[290] = value
+        assert not ops.is_finite(x)
+        assert not ops.is_finite(x[::2].requires_grad_())
+        assert ops.is_finite(x[1::2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [0, 1, 7, 1023])
+def test_comparisons_by_numpy_are_those_of_torch(n: int, dtype: torch.dtype) -> None:
+    x = torch.randn(n).to(dtype)
+    x[: n // 4 : 3], x[1 : n // 4 : 3], x[2 : n // 4 : 3] = float("nan"), float("inf"), 0.5
+    for predicate in (
+        lambda v: v > 0.5,
+        lambda v: (v >= -0.1) & (v <= 0.5),
+        lambda v: ~((v <= -0.1) | (v >= 0.5)),
+        lambda v: v != v,
+    ):
+        assert torch.equal(ops.compare(predicate, x), predicate(x.double()))
+
+
 class NoWaiting(TorchDispatchMode):
     """Forbids what makes the host wait for a CUDA device."""
 

@@ -3,6 +3,7 @@
 from ._coders import Coder as Coder
 from ._coders import Lookup as Lookup
 from ._coders import Thresholds as Thresholds
+from ._coders import compare as compare
 from ._dispatch import backend as backend
 from ._dispatch import decode as decode
 from ._dispatch import decode_beside as decode_beside

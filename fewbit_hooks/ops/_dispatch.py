@@ -11,6 +11,7 @@ why, once; so does `python -m fewbit_hooks doctor`. Where Triton is not installe
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import threading
@@ -68,7 +69,7 @@ def fused_backend(device: torch.device) -> Backend:
 
 def _backend(device: torch.device, fused: bool) -> Backend:
     if device.type not in DEVICE_TYPES:
-        return Backend(None, f"Triton's kernels are for {', '.join(sorted(DEVICE_TYPES))}")
+        return _elsewhere()
     found = _found.get((device, fused))
     if found is not None:
         return found
@@ -78,6 +79,11 @@ def _backend(device: torch.device, fused: bool) -> Backend:
         if (device, fused) not in _found:
             _found[device, fused] = _look(device, fused)
         return _found[device, fused]
+
+
+@functools.cache
+def _elsewhere() -> Backend:
+    return Backend(None, f"Triton's kernels are for {', '.join(sorted(DEVICE_TYPES))}")
 
 
 def _look(device: torch.device, fused: bool) -> Backend:

@@ -44,6 +44,9 @@ def encode(x: Tensor, bits: int, coder: Coder) -> Tensor:
     Returns:
         1-D uint8 tensor of `packed_bytes(x.numel(), bits)` elements.
     """
+    if bits == 1 and x.is_cpu and 0 < x.numel() <= chunk_size(x.device):
+        ((_, chunk),) = chunks(x.detach())
+        return torch.from_numpy(np.packbits(coder(chunk).numpy(), bitorder="little"))  # 0.05 ns an element, on one core
     packed = torch.empty(packed_bytes(x.numel(), bits), dtype=torch.uint8, device=x.device)
     for start, chunk in chunks(x.detach()):
         _pack(coder(chunk).view(torch.uint8), bits, packed[start * bits // 8 :])
@@ -71,7 +74,7 @@ def _pack(codes: Tensor, bits: int, packed: Tensor) -> None:
     if bits == 8:
         packed.copy_(codes)
         return
-    if bits == 1 and codes.is_cpu:  # the same layout: (measured) 0.05 ns an element, on one core
+    if bits == 1 and codes.is_cpu:  # the same layout
         packed.numpy()[:] = np.packbits(codes.numpy(), bitorder="little")
         return
     if n % 8 or codes.storage_offset() % 8:  # only whole, aligned groups can be viewed as words
