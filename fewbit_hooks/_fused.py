@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import ops
-from ._hooks import begin_backward
+from ._hooks import begin_backward, flagged, nbytes
 from ._ledger import CODES, Ledger, Step
 from ._plan import Plan
 from ._sites import Site, Verdict, Watch
@@ -110,7 +110,8 @@ def run(plan: Plan, ledger: Ledger, x: Tensor, site: Site | None) -> Tensor | No
     y: Tensor = _Fused.apply(x, plan, kernels, ledger.step)  # type: ignore[no-untyped-call]
     saved = y if plan.activation.saves == "output" else x
     ledger.original(row, saved)
-    ledger.stored(row, ops.packed_bytes(x.numel(), plan.bits))
+    flag = y.grad_fn.flag  # type: ignore[union-attr]
+    ledger.stored(row, ops.packed_bytes(x.numel(), plan.bits) + nbytes(flag))
     if site is not None:
         ledger.watch(Watch(site, [StorageWeakRef(saved.untyped_storage())], y, Verdict.CODES))
     return y
@@ -141,6 +142,7 @@ class _Fused(torch.autograd.Function):
         y, codes = kernels.forward(tables.formula.name, x, plan.bits, thresholds, parameters)
         ctx.save_for_backward(codes)  # others' hooks are handed them
         ctx.plan, ctx.kernels, ctx.step, ctx.layout = plan, kernels, step, ops.Layout.of(x)
+        ctx.flag = plan.flag(x)
         return y
 
     @staticmethod
@@ -151,9 +153,9 @@ class _Fused(torch.autograd.Function):
         with torch._C.DisableTorchFunction():
             if _is_batched(grad):  # is_grads_batched=True: no kernel of ours can read it
                 slope = ops.decode(codes, plan.level_rows(layout.dtype, layout.device), plan.bits, layout)
-                return slope * grad, None, None, None
+                return flagged(slope, ctx.flag) * grad, None, None, None
             _, levels = _tables[plan].on(kernels.compute(layout.dtype), layout.device)
-            return kernels.backward(grad, codes, plan.bits, levels, layout), None, None, None
+            return flagged(kernels.backward(grad, codes, plan.bits, levels, layout), ctx.flag), None, None, None
 
 
 def _is_batched(t: Tensor) -> bool:

@@ -56,12 +56,19 @@ class Handed:
 
 
 class Packed:
-    """Codes in the place of a saved tensor."""
+    """Codes in the place of a saved tensor; and a flag, see `Plan.flag`."""
 
-    __slots__ = ("bits", "codes", "layout", "name", "rows", "step")
+    __slots__ = ("bits", "codes", "flag", "layout", "name", "rows", "step")
 
     def __init__(
-        self, codes: Tensor | Handed, rows: Tensor, bits: int, layout: ops.Layout, name: str, step: Step
+        self,
+        codes: Tensor | Handed,
+        rows: Tensor,
+        bits: int,
+        layout: ops.Layout,
+        name: str,
+        step: Step,
+        flag: Tensor | None = None,
     ) -> None:
         self.codes = codes
         self.rows = rows
@@ -69,13 +76,14 @@ class Packed:
         self.layout = layout
         self.name = name
         self.step = step
+        self.flag = flag
 
     def unpack(self) -> Tensor:
         """The stand-ins: a tensor for which the node's own backward gives the few-bit derivative."""
         begin_backward(self.name, self.step)
         codes = self.codes.unpack() if isinstance(self.codes, Handed) else self.codes
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            return ops.decode(codes, self.rows, self.bits, self.layout)
+            return flagged(ops.decode(codes, self.rows, self.bits, self.layout), self.flag)
 
 
 class Beside:
@@ -145,6 +153,18 @@ def unpack(packed: Packed | Beside | Kept | Handed | Whole) -> Tensor:
     return packed.unpack()
 
 
+def nbytes(t: Tensor | None) -> int:
+    """The bytes of what may be none."""
+    return 0 if t is None else t.nbytes
+
+
+def flagged(decoded: Tensor, flag: Tensor | None) -> Tensor:
+    """What was decoded, its first element NaN if the flag is."""
+    if flag is not None:
+        decoded.as_strided((1,), (1,)).add_(flag)
+    return decoded
+
+
 def begin_backward(name: str, step: Step) -> None:
     """Refuse to be differentiated; settle the ledger."""
     if torch._C._current_graph_task_id() == -1:
@@ -176,6 +196,7 @@ class PackHook:
         "_beside",
         "_codes",
         "_count",
+        "_flag",
         "_inverse",
         "_keep",
         "_ledger",
@@ -204,6 +225,7 @@ class PackHook:
         self._count = 0
         self._keep = False
         self._row: Row | None = None
+        self._flag: Tensor | None = None
         self._saved: list[StorageWeakRef] = []
         self._beside: list[Beside] = []
         # Smooth activations are coded from their input, where the boundaries are; that must be before it is
@@ -235,14 +257,15 @@ class PackHook:
         if self._codes is None and self._bits:
             self._codes = self._encode(t if plan.codebook is None else self._x)
         if k == 0 and self._codes is not None:
-            self._ledger.stored(self._row, self._codes.nbytes)
+            self._flag = self._plan.flag(t) if self._inverse is None else None
+            self._ledger.stored(self._row, nbytes(self._codes) + nbytes(self._flag))
         layout, step = ops.Layout.of(t), self._ledger.step
         if self._inverse is not None:
             self._beside.append(Beside(self._codes, functools.partial(self._inverse.standins, k), layout, name, step))
             return self._beside[-1]
         assert self._codes is not None
         codes = Handed(self._codes, self._around) if self._around is not None else self._codes
-        return Packed(codes, rows, plan.bits, layout, name, step)
+        return Packed(codes, rows, plan.bits, layout, name, step, self._flag)
 
     def finish(self, y: Tensor) -> None:
         """The call has its output."""
@@ -255,7 +278,7 @@ class PackHook:
     def release(self) -> None:
         """The call is over; see the note above."""
         del self._plan, self._x, self._ledger, self._site, self._row, self._codes, self._saved, self._beside
-        del self._around
+        del self._around, self._flag
 
     @property
     def _bits(self) -> int:

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import ops
 from ._errors import FewbitError
-from ._hooks import Beside, begin_backward
+from ._hooks import Beside, begin_backward, flagged, nbytes
 from ._inverse import Inverse
 from ._ledger import CODES, OUTPUT, Ledger
 from ._plan import Plan
@@ -66,14 +66,15 @@ class _Coded(torch.autograd.Function):
             row = ledger.row(name, plan.bits, how=CODES)
             codes = ops.encode(x, plan.bits, plan.coder(x.dtype, x.device))
             ctx.save_for_backward(codes)  # others' hooks are handed them
-            ctx.beside = None
+            ctx.beside, ctx.flag = None, plan.flag(x)
         else:
             row = ledger.row(name, inverse.bits, how=OUTPUT)
             codes = ops.encode(x, 1, inverse.side) if inverse.bits else None
+            ctx.flag = None
             ctx.beside = Beside(codes, inverse.slope, layout, name, ledger.step)
             ctx.beside.rely_on(y)
         ledger.original(row, x)
-        ledger.stored(row, codes.nbytes if codes is not None else 0, never_kept=never_kept)
+        ledger.stored(row, nbytes(codes) + nbytes(ctx.flag), never_kept=never_kept)
         ctx.plan, ctx.layout, ctx.step = plan, layout, ledger.step
         return y
 
@@ -86,7 +87,8 @@ class _Coded(torch.autograd.Function):
             begin_backward(plan.activation.name, ctx.step)
             (codes,) = ctx.saved_tensors
             with torch._C.DisableTorchFunction():
-                slope = ops.decode(codes, plan.level_rows(layout.dtype, layout.device), plan.bits, layout)
+                rows = plan.level_rows(layout.dtype, layout.device)
+                slope = flagged(ops.decode(codes, rows, plan.bits, layout), ctx.flag)
         with torch._C.DisableTorchFunction():  # in the input's dtype, whatever autocast made of the output
             return slope.mul_(grad), None, None, None, None, None
 

@@ -60,7 +60,7 @@ class Plan:
         self._intermediates: float | None = None
         self._inverse: Inverse | None = None
         self._inverse_sought = False
-        self._not_a_number: tuple[bool, bool] | None = None
+        self._is_not_a_number: tuple[bool, bool] | None = None
         self._serves_itself: dict[tuple[torch.dtype, torch.device], bool] = {}
         self.thresholds = ops.Thresholds(codebook.boundaries, codebook.folded) if codebook else None
 
@@ -118,23 +118,36 @@ class Plan:
         return self._serves_itself[key]
 
     def reason_to_keep(self, t: Tensor) -> str:
-        """Why codes cannot stand for what is in a tensor that the call saves; empty where they can.
-
-        On CUDA it is not looked: the answer would make the host wait for the device.
-        """
-        if t.is_cuda:
+        """Why codes cannot stand for what is in a tensor that the call saves; empty where they can, or where the host
+        would have to wait for the answer: then there is a flag."""
+        if not may_look(t):
             return ""
-        if self.codebook is None:
-            return NAN if self.activation.nan_by_position and ops.has_nan(t) else ""
-        if self._not_a_number is None:
-            # how often: what a CPU's kernel makes of a NaN may depend on the position
+        with torch._C.DisableTorchFunction():
+            if self.codebook is None:
+                return NAN if self.activation.nan_by_position and ops.has_nan(t) else ""
+            at_nan, at_infinity = self._not_a_number()
+            if (at_infinity and not ops.is_finite(t)) or (at_nan and not at_infinity and ops.has_nan(t)):
+                return NOT_FINITE
+            return ""
+
+    def flag(self, t: Tensor) -> Tensor | None:
+        """A number, on the device of a tensor that the call saves, to be added to one of the stand-ins: 0, or NaN where
+        `t` holds what stock's gradient is NaN for. None where the host has looked, or there is no such value.
+        """
+        if may_look(t) or self.codebook is None:
+            return None
+        with torch._C.DisableTorchFunction():
+            at_nan, at_infinity = self._not_a_number()
+            return ops.not_a_number(t, or_infinite=at_infinity) if at_nan else None
+
+    def _not_a_number(self) -> tuple[bool, bool]:
+        """Whether stock's gradient is NaN at NaN, and at an infinity."""
+        if self._is_not_a_number is None:
+            # so often, as what a CPU's kernel makes of a NaN may depend on the position
             at = torch.from_numpy(np.repeat([[np.nan], [np.inf], [-np.inf]], 64, axis=1))
             slope = derivative_from(self._function, saved_by(self._function, at), at).isnan().any(1)
-            self._not_a_number = bool(slope[0]), bool(slope[1:].any())
-        at_nan, at_infinity = self._not_a_number
-        if (at_infinity and not ops.is_finite(t)) or (at_nan and not at_infinity and ops.has_nan(t)):
-            return NOT_FINITE
-        return ""
+            self._is_not_a_number = bool(slope[0]), bool(slope[1:].any())
+        return self._is_not_a_number
 
     def level_rows(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The decoding table of the derivative itself, for a call that is run as one node."""
@@ -214,6 +227,11 @@ class Plan:
         self, values: np.ndarray[Any, np.dtype[np.float64]], dtype: torch.dtype
     ) -> np.ndarray[Any, np.dtype[Any]]:
         return self.coder(dtype, torch.device("cpu"))(torch.from_numpy(values).to(dtype)).numpy().astype(np.int8)
+
+
+def may_look(t: Tensor) -> bool:
+    """Whether the host may ask what is in a tensor: on CUDA it would wait for the device."""
+    return not t.is_cuda
 
 
 def _is_dense(x: Tensor) -> bool:

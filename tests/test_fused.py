@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fewbit_hooks as fewbit
-from fewbit_hooks import ops
+from fewbit_hooks import _plan, ops
 from fewbit_hooks.ops import _dispatch, _torch
 
 from .hard_cases import DTYPES
@@ -100,6 +100,18 @@ def test_nan_and_infinities_come_out_as_they_do_from_stock_in_float64(name: str,
     x = torch.tensor([float("nan"), float("inf"), -float("inf")], dtype=dtype, device=DEVICE).repeat(3).requires_grad_()
     # (measured, CPU, torch 2.13) in float32 stock's vectorised gelu of infinity is NaN, on the CPU alone
     torch.testing.assert_close(fused(CALLS[name], x), CALLS[name](x.double()).to(dtype), equal_nan=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_the_gradient_has_a_nan_if_stocks_has_one(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_plan, "may_look", lambda t: False)
+    x = numbers(torch.float32)
+    for name, expected in (("gelu", 1), ("tanh", 1 if value != value else 0)):
+        bad = x.clone()
+        bad[-5] = value
+        y = fused(CALLS[name], bad.requires_grad_())
+        y.backward(torch.ones_like(y))
+        assert bad.grad.isnan().sum() == expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

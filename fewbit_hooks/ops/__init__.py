@@ -16,6 +16,7 @@ from ._layout import Layout as Layout
 from ._layout import is_dense as is_dense
 from ._torch import has_nan as has_nan
 from ._torch import is_finite as is_finite
+from ._torch import not_a_number as not_a_number
 from ._torch import packed_bytes as packed_bytes
 from ._torch import rows as rows
 from ._two_values import not_zero as not_zero

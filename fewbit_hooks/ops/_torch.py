@@ -168,6 +168,26 @@ def has_nan(x: Tensor) -> bool:
     return any(math.isnan(chunk.amax().item()) for _, chunk in chunks(x.detach()))
 
 
+def not_a_number(x: Tensor, *, or_infinite: bool = False) -> Tensor:
+    """0, or NaN if any element is NaN, on the device of `x`: the host does not wait.
+
+    >>> not_a_number(torch.tensor([1.0, torch.inf])), not_a_number(torch.tensor([1.0, torch.inf]), or_infinite=True)
+    (tensor(0.), tensor(nan))
+
+    Args:
+        x: of one element or more.
+        or_infinite: or infinite.
+
+    Returns:
+        0-d, float32, or float64 if `x` is.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if or_infinite:
+        return x.detach().sum(dtype=wide) * 0
+    most = x.detach().amax().to(wide)
+    return torch.where(most.isnan(), most, 0)
+
+
 def is_finite(x: Tensor) -> bool:
     """Whether no element is NaN or infinite. The answer makes the host wait for the device."""
     # (measured) 0.1 to 0.2 ns an element
