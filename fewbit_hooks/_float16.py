@@ -37,13 +37,20 @@ def snap(boundaries: ArrayLike, scale: float = 1.0) -> NDArray[np.float64]:
         `x <= b` if and only if `float16(x * scale) <= h` for some float16 number `h`.
     """
     boundaries = np.asarray(boundaries, np.float64)
-    with np.errstate(over="ignore"):
-        here = (boundaries * scale).astype(np.float16)
-    neighbours = np.stack([np.nextafter(here, np.float16(-np.inf)), here, np.nextafter(here, np.float16(np.inf))])
-    cuts = _cut_above(neighbours, np.float32(scale))
+    cuts = cuts_around(boundaries, scale, 1)
     nearest = np.abs(cuts - boundaries).argmin(axis=0)
     snapped: NDArray[np.float64] = np.take_along_axis(cuts, nearest[None], axis=0)[0]
     return snapped
+
+
+def cuts_around(boundaries: ArrayLike, scale: float, reach: int) -> NDArray[np.float64]:
+    """The cuts nearest to each boundary, ascending: `reach` on either side of one, stacked along a new first axis."""
+    with np.errstate(over="ignore"):
+        neighbours = [(np.asarray(boundaries, np.float64) * scale).astype(np.float16)]
+    for _ in range(reach):
+        neighbours.insert(0, np.nextafter(neighbours[0], np.float16(-np.inf)))
+        neighbours.append(np.nextafter(neighbours[-1], np.float16(np.inf)))
+    return _cut_above(np.stack(neighbours), np.float32(scale))
 
 
 def scale_for_jump(jump: float) -> float:

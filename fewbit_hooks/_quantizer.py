@@ -18,7 +18,9 @@ A derivative f' is replaced by the function q of K = 2**bits constant pieces tha
 4. *Jumps.* They are nodes of both grids, so a boundary can lie on one exactly. A level that f' does not take anywhere
    (the mean over a jump) could not be decoded: such a piece gets the nearest value that f' does take, and the search
    counts what that costs.
-5. *Floats.* Boundaries end on numbers that every encoder can apply exactly: NOTE [ Sixteen bits decide the code ].
+5. *Floats.* Boundaries end on numbers that every encoder can apply exactly (NOTE [ Sixteen bits decide the code ]):
+   on the cheapest of them near the optimum, again by the same recursion. Where f' is a straight line, as that of
+   hardswish, the nearest one is a matter of the last bit, and so of the machine.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._errors import FewbitTypeError, FewbitValueError
-from ._float16 import FLOAT16_MAX, scale_for_jump, snap
+from ._float16 import FLOAT16_MAX, cuts_around, scale_for_jump, snap
 
 Array: TypeAlias = NDArray[np.float64]
 Indices: TypeAlias = NDArray[np.intp]
@@ -41,7 +43,7 @@ Function: TypeAlias = Callable[[Array], Array]
 # Gauss's rule with 3 nodes to a fine cell: E agrees with adaptive quadrature to 1e-9 and better
 GAUSS_NODES, GAUSS_WEIGHTS = np.polynomial.legendre.leggauss(3)
 FINE_PER_COARSE = 32
-REACH = 8  # candidates on each side of a boundary while it moves on the fine grid
+REACH = 8  # candidates on each side of a boundary while it moves on the fine grid, and among the cuts
 SNAP_MAY_COST = 0.01  # a larger loss than 1 % of E, and exactness in float16 is given up for that in float32
 
 
@@ -110,7 +112,8 @@ def optimal_quantizer(
     optimum = problem.nodes[problem.refine(problem.search(pieces))]
 
     rounded = problem.fit(_single(optimum))
-    snapped = min(map(problem.fit, _snapped(optimum, problem.jumps)), key=lambda fit: fit.error, default=rounded)
+    on_cuts = (problem.fit(problem.choose(*snapped)) for snapped in _snapped(optimum, problem.jumps))
+    snapped = min(on_cuts, key=lambda fit: fit.error, default=rounded)
     return snapped if snapped.error <= (1 + SNAP_MAY_COST) * rounded.error else rounded
 
 
@@ -167,8 +170,7 @@ class _Problem:
         self.nodes = np.union1d(fine, [edge for edge in edges if low < edge < high])
 
         x, f, mass = self._samples(self.nodes)
-        cells = np.stack([mass, mass * f, mass * f * f]).sum(axis=2)
-        self.integrals = np.pad(cells.cumsum(axis=1), ((0, 0), (1, 0)))
+        self.integrals = _prefix_integrals(f, mass)
         if not self.integrals[0, -1] > 0:
             raise FewbitValueError(f"the weight is zero everywhere on {interval}; it must be positive somewhere")
         self.gaps = _gaps(np.split(f, np.searchsorted(x[:, 0], self.jumps)))
@@ -191,9 +193,10 @@ class _Problem:
         f, w = self.derivative(x.ravel()), self.weight(x.ravel())
         return x, f.reshape(x.shape), w.reshape(x.shape) * half * GAUSS_WEIGHTS
 
-    def cost(self, start: Indices, stop: Indices) -> Array:
+    def cost(self, start: Indices, stop: Indices, integrals: Array | None = None) -> Array:
         """The cost of the pieces from node `start` to node `stop` (indices that broadcast); inf for an empty piece."""
-        mass, first, second = self.integrals[:, stop] - self.integrals[:, start]
+        integrals = self.integrals if integrals is None else integrals
+        mass, first, second = integrals[:, stop] - integrals[:, start]
         level = np.divide(first, mass, out=np.zeros_like(mass), where=mass > 0)
         cost = second - first * level
         if self.gaps:
@@ -219,6 +222,24 @@ class _Problem:
                 before, (now, path) = now, cheapest_path(legs)
                 cuts = np.take_along_axis(stops, path[:, None], axis=1)[:, 0]
         return cuts
+
+    def choose(self, boundaries: Array, scale: float) -> Array:
+        """The cheapest boundaries on cuts, near those given; the nearest cuts need not be the best ones."""
+        before, now = math.inf, sys.float_info.max
+        while now < before * (1 - 1e-6):
+            cuts = cuts_around(boundaries, scale, REACH)
+            nodes = np.union1d(self.nodes, cuts[(self.low < cuts) & (cuts < self.high)])
+            _, f, mass = self._samples(nodes)
+            integrals = _prefix_integrals(f, mass)
+            stops = np.searchsorted(nodes, cuts.T.clip(self.low, self.high))
+            first, last = np.array([[0]]), np.array([[len(nodes) - 1]])
+            between = self.cost(stops[:-1, None, :], stops[1:, :, None], integrals)
+            legs = [self.cost(first, stops[0][:, None], integrals), *between]
+            before, (now, path) = now, cheapest_path([*legs, self.cost(stops[-1][None, :], last, integrals)])
+            if now == math.inf:
+                break
+            boundaries = np.take_along_axis(cuts, path[None], axis=0)[0]
+        return boundaries
 
     def fit(self, boundaries: Array) -> Quantizer:
         """The best levels for given boundaries, and the error with them, summed without cancellation."""
@@ -250,13 +271,19 @@ def _gaps(segments: Sequence[Array]) -> list[tuple[float, float]]:
     return gaps
 
 
-def _snapped(boundaries: Array, jumps: Array) -> list[Array]:
-    """The boundaries on float16 cuts, once for every scale worth trying; none where that cannot be."""
+def _prefix_integrals(f: Array, mass: Array) -> Array:
+    """The integrals of w, w f' and w f'^2 up to each node."""
+    cells = np.stack([mass, mass * f, mass * f * f]).sum(axis=2)
+    return np.pad(cells.cumsum(axis=1), ((0, 0), (1, 0)))
+
+
+def _snapped(boundaries: Array, jumps: Array) -> list[tuple[Array, float]]:
+    """The boundaries on float16 cuts, with the scale, for every scale worth trying; none where that cannot be."""
     if np.abs(boundaries).max() >= FLOAT16_MAX / 2:
         return []
     scales = {scale_for_jump(float(jump)) for jump in boundaries[np.isin(boundaries, jumps)] if jump != 0} or {1.0}
-    snapped = [snap(boundaries, scale) for scale in sorted(scales)]
-    return [candidate for candidate in snapped if np.all(np.diff(candidate) > 0)]
+    snapped = [(snap(boundaries, scale), scale) for scale in sorted(scales)]
+    return [candidate for candidate in snapped if np.all(np.diff(candidate[0]) > 0)]
 
 
 def _single(boundaries: Array) -> Array:
