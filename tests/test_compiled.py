@@ -160,7 +160,7 @@ def test_lengths_that_change_are_coded_in_one_dynamic_graph() -> None:
     [
         {"exact": True},
         {"bits": {"silu": 3}},
-        {"bits": lambda name, x: 3},
+        pytest.param({"bits": lambda name, x: 3}, id="a callable for bits"),
         {"exclude": "*"},
         {"codebooks": fewbit.codebook("gelu", 2)},
         {"min_bytes": 1 << 20},

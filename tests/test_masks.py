@@ -464,7 +464,7 @@ def test_masks_are_packed_at_one_bit(settings: dict[str, Any], x: Tensor) -> Non
     ("settings", "reason"),
     [
         ({"bits": {"dropout": None, "where": None, "default": 3}}, "no bits are given for"),
-        ({"bits": lambda name, tensor: None}, "no bits are given for"),
+        pytest.param({"bits": lambda name, tensor: None}, "no bits are given for", id="a callable for bits"),
         ({"bits": None}, "measured only: bits=None"),
         ({"exclude": nn.Module}, "excluded"),
     ],

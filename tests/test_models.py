@@ -12,10 +12,14 @@ from .conftest import held_for_backward
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 
-def test_a_vit_base_holds_19_percent_fewer_bytes_at_3_bits() -> None:
-    model = transformers.ViTForImageClassification(transformers.ViTConfig()).to(torch.bfloat16).train()
+# all of it takes minutes on a CPU without bfloat16; its layers are alike
+@pytest.mark.parametrize(("layers", "images"), [(4, 2), pytest.param(12, 4, marks=pytest.mark.slow)])
+def test_a_vit_base_holds_19_percent_fewer_bytes_at_3_bits(layers: int, images: int) -> None:
+    config = transformers.ViTConfig(num_hidden_layers=layers)
+    model = transformers.ViTForImageClassification(config).to(torch.bfloat16).train()
     parameters = list(model.parameters())
-    batch = {"pixel_values": torch.randn(4, 3, 224, 224, dtype=torch.bfloat16), "labels": torch.arange(4) % 2}
+    pixels = torch.randn(images, 3, 224, 224, dtype=torch.bfloat16)
+    batch = {"pixel_values": pixels, "labels": torch.arange(images) % 2}
 
     exact = model(**batch).loss
     stock = sum(held_for_backward(exact, parameters).values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -192,7 +193,7 @@ def test_backward_twice_asks_the_hooks_around_twice(x: Tensor) -> None:
 # A checkpoint is hooks around the scope in its function: what it keeps it drops, the codes too
 
 
-@pytest.mark.parametrize("make", [nn.GELU, nn.Tanh, nn.ReLU6, lambda: nn.Dropout(0.3)], ids=str)
+@pytest.mark.parametrize("make", [nn.GELU, nn.Tanh, nn.ReLU6, functools.partial(nn.Dropout, 0.3)], ids=str)
 def test_inside_a_checkpoint_the_codes_are_dropped_with_all_else(
     make: Callable[[], nn.Module], x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
