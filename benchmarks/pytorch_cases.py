@@ -189,7 +189,7 @@ def count(cases: Iterator[tuple[str, Run]]) -> dict[str, Counts]:
 
 def _is_noisy(run: Run, stock: Any) -> bool:
     """Whether stock differs from itself now and then."""
-    runs = (run() for _ in range(30))
+    runs = [run() for _ in range(100)]  # all held: LAPACK's sums depend on where in memory their arguments lie
     return not all(same(outputs, stock[0]) and same(gradients, stock[1]) for outputs, gradients in runs)
 
 
