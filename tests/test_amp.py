@@ -118,27 +118,47 @@ def test_infinities_that_stock_has_a_gradient_for_are_coded(name: str, value: fl
     assert opened.report().rows[0].bits == 3
 
 
+class Overflow(nn.Module):
+    """One pre-activation is not finite, although all that the layer before it saves is."""
+
+    value = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        bad = torch.zeros_like(x)
+        bad[2, 3] = self.value
+        return x + bad
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("settings", [{"bits": 3}, {"exact": True}, {"bits": 3, "recompute": True}], ids=str)
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("loss", [Tensor.mean, lambda y: y.square().mean()], ids=["mean", "square"])
+@pytest.mark.parametrize("more", [False, True], ids=["alone", "with layers behind it"])
 @pytest.mark.parametrize("look", [True, False], ids=["", "on CUDA"])
 def test_a_gradient_scaler_finds_it_where_it_would_without_a_scope(
-    look: bool, loss: Any, value: float, settings: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    look: bool,
+    more: bool,
+    loss: Any,
+    value: float,
+    settings: dict[str, Any],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Under autocast, whether anything comes after the activation or not, and learned or not."""
+    """Under autocast. Where nothing trainable is behind the activation, a linear loss has a finite gradient."""
     monkeypatch.setattr(_plan, "may_look", lambda t: look)
 
     def scales(around: Any) -> list[float]:
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Dropout(0.1), nn.Linear(32, 16), nn.SiLU())
+        overflow = Overflow()
+        net = nn.Sequential(nn.Linear(8, 32), overflow, nn.GELU())
+        if more:
+            net.extend([nn.Dropout(0.1), nn.Linear(32, 16), nn.SiLU()])
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=100)
         found = []
         for step in range(6):
             x = torch.randn(16, 8)
-            if step in (1, 4):
-                x[2, 3] = value
+            overflow.value = value if step in (1, 4) else 0.0
             optimizer.zero_grad()
             with around, torch.autocast("cpu", dtype=dtype):
                 total = loss(net(x))
