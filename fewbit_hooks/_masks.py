@@ -59,9 +59,7 @@ def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: 
     """Make a call that saves a mask: packed, or as it is."""
     given = call.given(args, kwargs)
     if call.draws_nothing(given):
-        if entry.recomputes and entry.hooks is None and call.name == "scaled_dot_product_attention":
-            return _recompute.keeping(call.name, func, args, kwargs)
-        return func(*args, **kwargs)
+        return _run_without(entry, call, func, args, kwargs)
     tensors = [value for value in given.values() if isinstance(value, Tensor)]
     x = next((t for t in tensors if t.requires_grad), None)
     if x is None:
@@ -70,9 +68,7 @@ def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: 
     nbytes = call.mask_bytes(given)
     if nbytes is not None and nbytes < max(settings.min_bytes, 1):  # in models of many small calls most are such
         ledger.passed(call.name, _policy.SMALL if nbytes else _policy.EMPTY, nbytes)
-        if entry.recomputes and entry.hooks is None and call.name == "scaled_dot_product_attention":
-            return _recompute.keeping(call.name, func, args, kwargs)
-        return func(*args, **kwargs)
+        return _run_without(entry, call, func, args, kwargs)
     # a parameter may well have a mask; a subclass among the arguments decides what is saved
     foreign = next((t for t in tensors if type(t) not in (Tensor, nn.Parameter)), x.detach())
     if reason := _policy.obstacle(foreign, entry.hooks):
@@ -98,6 +94,14 @@ def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: 
         return y
     finally:
         hook.release()
+
+
+def _run_without(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make a call without a mask that could be packed; what attention keeps serves to compute others again."""
+    keeps = call.name == "scaled_dot_product_attention" and entry.recomputes and entry.hooks is None
+    if keeps and _recompute.admits(args, kwargs, min_bytes=0) is not None:
+        return _recompute.keeping(call.name, func, args, kwargs)
+    return func(*args, **kwargs)
 
 
 class PackedMask:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +39,19 @@ def nothing_is_left_open() -> Iterator[None]:
 def mlp() -> nn.Sequential:
     """GELU, the input of which nobody else keeps."""
     return nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 8))
+
+
+def normed(*more: nn.Module) -> nn.Sequential:
+    """The same with a norm and a tanh, and with further layers between."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.GELU(), *more, nn.Linear(16, 3), nn.Tanh())
+
+
+def quiet(**settings: Any) -> fewbit.scope:
+    """A scope that may turn out to have compressed nothing."""
+    made = fewbit.scope(**{"min_bytes": 0, **settings})
+    made._warned = True
+    return made
 
 
 def treatment(y: Tensor) -> str:

@@ -190,11 +190,11 @@ def test_the_shipped_file_is_what_the_quantizer_gives():
         old = shipped[new.name, new.bits, tuple(sorted(new.parameters.items()))]
         assert (old.folded, old.weight, old.interval) == (new.folded, new.weight, new.interval)
         assert old.error == pytest.approx(new.error, rel=1e-6)
-        # another libm may move a boundary by one cut, no more, or by several around 0, where they are dense. Where f'
-        # is a straight line the optimum is so flat that (measured, noise of one unit in the last place) boundaries
-        # move by 0.008 and the error by 4e-7 of it
-        if new.name != "hardswish":
-            np.testing.assert_allclose(old.boundaries, new.boundaries, rtol=2**-10, atol=1e-4)
+        # another libm may move a boundary by one cut, no more; around 0, where they are dense, by several (measured,
+        # 1e-6); and where f' is a straight line the optimum is so flat that (measured, noise of one unit in the last
+        # place) boundaries move by 0.008 and the error by 4e-7 of it
+        near = 0.02 if new.name == "hardswish" else 1e-5
+        np.testing.assert_allclose(old.boundaries, new.boundaries, rtol=2**-10, atol=near)
     assert regenerate_codebooks.text(shipped.values()) == regenerate_codebooks.PATH.read_text(encoding="utf-8")
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential, create_selective_checkpoint_contexts
 
-import fewbit_hooks as fewbit
+from .conftest import quiet
 
 SETTINGS: list[dict[str, Any]] = [{"bits": 3}, {"exact": True}, {"exact": True, "recompute": True}]
 
@@ -27,12 +27,6 @@ class Block(nn.Module):
         h = self.norm(x)
         x = x + self.down(F.silu(self.gate(h)) * self.up(h))
         return x + self.mlp(x)
-
-
-def quiet(settings: dict[str, Any]) -> fewbit.scope:
-    made = fewbit.scope(min_bytes=0, **settings)
-    made._warned = True
-    return made
 
 
 @functools.cache
@@ -72,7 +66,7 @@ HOWS = ["whole", "blocks", "sequential", "every second"]
 @pytest.mark.parametrize("how", HOWS)
 def test_a_scope_around_leaves_checkpoints_their_gradients(how: str, reentrant: bool, settings: dict[str, Any]) -> None:
     stock = gradients(how, contextlib.nullcontext(), use_reentrant=reentrant)
-    opened = quiet(settings)
+    opened = quiet(**settings)
     for _ in range(4):  # what is learned of the blocks outside must not matter inside
         result = gradients(how, opened, use_reentrant=reentrant)
         if settings.get("exact") or how in ("whole", "blocks"):
@@ -91,7 +85,7 @@ def test_a_scope_around_leaves_checkpoints_their_gradients(how: str, reentrant: 
 def test_a_scope_around_leaves_selective_checkpoints_their_gradients(keep: list[Any], settings: dict[str, Any]) -> None:
     options = {"use_reentrant": False, "context_fn": functools.partial(create_selective_checkpoint_contexts, keep)}
     stock = gradients("blocks", contextlib.nullcontext(), **options)
-    opened = quiet(settings)
+    opened = quiet(**settings)
     for _ in range(3):
         assert all(map(torch.equal, gradients("blocks", opened, **options), stock))
 
@@ -104,7 +98,7 @@ def test_a_scope_inside_each_checkpoint_has_the_gradients_it_has_without(
     forward = Block.forward
 
     def coded(self: Block, x: Tensor) -> Tensor:
-        with quiet(settings):
+        with quiet(**settings):
             return forward(self, x)
 
     monkeypatch.setattr(Block, "forward", coded)
@@ -116,3 +110,29 @@ def test_a_scope_inside_each_checkpoint_has_the_gradients_it_has_without(
     alone = [x.grad, *(p.grad.clone() for p in net.parameters())]
     result = gradients("blocks", contextlib.nullcontext(), use_reentrant=reentrant)
     assert all(map(torch.equal, result, alone))
+
+
+@pytest.mark.parametrize("min_bytes", [0, 1 << 30])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_attention_inside_a_checkpoint_is_left_to_the_checkpoint(
+    settings: dict[str, Any], p: float, min_bytes: int
+) -> None:
+    projections = nn.ModuleList(nn.Linear(16, 48) for _ in range(3))
+
+    def attend(projection: nn.Module, h: Tensor) -> Tensor:
+        q, k, v = projection(F.layer_norm(h, (16,))).view(2, 8, 4, 12).transpose(1, 2).chunk(3, -1)
+        return h + F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2).reshape(2, 8, 16)
+
+    def run_all(around: Any) -> tuple[Tensor, ...]:
+        torch.manual_seed(1)
+        x = h = torch.linspace(-2, 2, 256).view(2, 8, 16).requires_grad_()
+        with around:
+            for projection in projections:
+                h = checkpoint(attend, projection, h, use_reentrant=False)
+        return torch.autograd.grad(h.square().sum(), [x, *projections.parameters()])
+
+    stock = run_all(contextlib.nullcontext())
+    opened = quiet(**{**settings, "min_bytes": min_bytes})
+    for _ in range(3):
+        assert all(map(torch.equal, run_all(opened), stock))

@@ -8,22 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vmap
 
-import fewbit_hooks as fewbit
-
-
-def model(*more: nn.Module) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.GELU(), *more, nn.Linear(16, 3), nn.Tanh())
-
-
-def quiet(**settings: Any) -> fewbit.scope:
-    made = fewbit.scope(min_bytes=0, **settings)
-    made._warned = True
-    return made
-
+from .conftest import normed, quiet
 
 SETTINGS: list[dict[str, Any]] = [{"bits": 1}, {"exact": True}, {"bits": 1, "recompute": True}]
 
@@ -51,7 +40,7 @@ def leaves(value: Any) -> list[Tensor]:
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("composition", COMPOSITIONS)
 def test_compositions_of_transforms_are_stocks(composition: str, settings: dict[str, Any], dropout: bool) -> None:
-    net, x = model(*([nn.Dropout(0.3)] if dropout else [])), torch.randn(5, 6)
+    net, x = normed(*([nn.Dropout(0.3)] if dropout else [])), torch.randn(5, 6)
     if dropout and composition.startswith(("jac", "hessian")):
         net.eval()  # a jacobian of random draws is none
     torch.manual_seed(1)
@@ -65,9 +54,23 @@ def test_compositions_of_transforms_are_stocks(composition: str, settings: dict[
     assert "inside a torch.func transform" in {row.reason for row in opened.report().rows}
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("min_bytes", [0, 1 << 30])
+def test_attention_in_a_transform_is_stocks(min_bytes: int, p: float) -> None:
+    x = torch.randn(1, 2, 5, 4)
+
+    def slope() -> Tensor:
+        torch.manual_seed(1)
+        return grad(lambda t: F.scaled_dot_product_attention(t, t, t, dropout_p=p).square().sum())(x)
+
+    expected = slope()
+    with quiet(exact=True, recompute=True, min_bytes=min_bytes):
+        assert torch.equal(slope(), expected)
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_gradients_of_several_outputs_for_a_subset_of_the_inputs(settings: dict[str, Any]) -> None:
-    net, x = model(nn.Dropout(0.3)), torch.randn(64, 6)
+    net, x = normed(nn.Dropout(0.3)), torch.randn(64, 6)
     first, last = net[0].weight, net[-2].weight
 
     def ask(around: Any) -> list[Tensor]:
@@ -91,7 +94,7 @@ def test_gradients_of_several_outputs_for_a_subset_of_the_inputs(settings: dict[
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_gradients_accumulate_over_microbatches_as_over_the_batch(settings: dict[str, Any]) -> None:
-    net, x = model(), torch.randn(64, 6)
+    net, x = normed(), torch.randn(64, 6)
     with quiet(**settings):
         net(x).sum().backward()
     whole = [p.grad.clone() for p in net.parameters()]

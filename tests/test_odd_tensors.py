@@ -11,13 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fewbit_hooks as fewbit
-
-
-def quiet(**settings: Any) -> fewbit.scope:
-    made = fewbit.scope(min_bytes=0, **settings)
-    made._warned = True
-    return made
+from .conftest import quiet
 
 
 def run(make: Callable[[], Tensor], around: Any) -> tuple[Tensor, Tensor | None]:

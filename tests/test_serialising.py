@@ -15,17 +15,7 @@ from torch import Tensor, nn
 
 import fewbit_hooks as fewbit
 
-
-def model(*more: nn.Module) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.GELU(), *more, nn.Linear(16, 3), nn.Tanh())
-
-
-def quiet(**settings: Any) -> fewbit.scope:
-    made = fewbit.scope(min_bytes=0, **settings)
-    made._warned = True
-    return made
-
+from .conftest import normed, quiet
 
 COPIES: dict[str, Callable[[Any], Any]] = {
     "copy": copy.copy,
@@ -36,7 +26,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 def test_a_scope_is_copied_with_its_settings_and_books_of_its_own(copied: Callable[[Any], Any]) -> None:
-    net, x, opened = model(), torch.randn(64, 6), quiet(bits=2, exclude=("0",))
+    net, x, opened = normed(), torch.randn(64, 6), quiet(bits=2, exclude=("0",))
     with opened:
         net(x).sum().backward()
     other = copied(opened)
@@ -61,12 +51,12 @@ def test_a_copied_handle_holds_nothing_open(copied: Callable[[Any], Any]) -> Non
 def test_activations_and_profiles_are_copied(copied: Callable[[Any], Any]) -> None:
     gelu = next(a for a in fewbit.activations() if a.name == "gelu")
     assert copied(gelu).name == "gelu"
-    profile = fewbit.profile(model(), torch.randn(64, 6))
+    profile = fewbit.profile(normed(), torch.randn(64, 6))
     assert str(copied(profile)) == str(profile)
 
 
 def test_a_model_trained_under_a_scope_is_saved_and_copied_as_before(tmp_path: Any) -> None:
-    net, x, opened = model(nn.Dropout(0.3)), torch.randn(64, 6), quiet(bits=3, recompute=True)
+    net, x, opened = normed(nn.Dropout(0.3)), torch.randn(64, 6), quiet(bits=3, recompute=True)
     for _ in range(3):
         with opened:
             loss = net(x).sum()
@@ -74,7 +64,7 @@ def test_a_model_trained_under_a_scope_is_saved_and_copied_as_before(tmp_path: A
     net.eval()
     torch.save(net.state_dict(), tmp_path / "state.pt")
     torch.save(net, tmp_path / "whole.pt")
-    other = model(nn.Dropout(0.3)).eval()
+    other = normed(nn.Dropout(0.3)).eval()
     other.load_state_dict(torch.load(tmp_path / "state.pt"))
     for found in (other, torch.load(tmp_path / "whole.pt", weights_only=False), copy.deepcopy(net)):
         assert torch.equal(found(x), net(x))
