@@ -11,7 +11,7 @@ and compared bit for bit. What may come out:
     noise         stock differs from itself: memory that is not initialised, sums in any order
     wrong         anything else
 
-`docs/make.py` puts the counts into docs/compatibility.md.
+`docs/make.py` puts the counts into docs/coverage.md.
 """
 
 from __future__ import annotations

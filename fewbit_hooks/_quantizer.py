@@ -212,14 +212,11 @@ class _Problem:
 
     def refine(self, cuts: Indices) -> Indices:
         """Let every boundary move on the fine grid, all at once, first in strides, then node by node."""
-        first, last = np.array([[0]]), np.array([[len(self.nodes) - 1]])
         for stride in (FINE_PER_COARSE // REACH, 1):
             before, now = math.inf, sys.float_info.max
             while now < before * (1 - 1e-9):
-                stops = (cuts[:, None] + stride * np.arange(-REACH, REACH + 1)).clip(first, last)
-                between = self.cost(stops[:-1, None, :], stops[1:, :, None])
-                legs = [self.cost(first, stops[0][:, None]), *between, self.cost(stops[-1][None, :], last)]
-                before, (now, path) = now, cheapest_path(legs)
+                stops = (cuts[:, None] + stride * np.arange(-REACH, REACH + 1)).clip(0, len(self.nodes) - 1)
+                before, (now, path) = now, self._cheapest(stops, self.integrals)
                 cuts = np.take_along_axis(stops, path[:, None], axis=1)[:, 0]
         return cuts
 
@@ -230,16 +227,19 @@ class _Problem:
             cuts = cuts_around(boundaries, scale, REACH)
             nodes = np.union1d(self.nodes, cuts[(self.low < cuts) & (cuts < self.high)])
             _, f, mass = self._samples(nodes)
-            integrals = _prefix_integrals(f, mass)
             stops = np.searchsorted(nodes, cuts.T.clip(self.low, self.high))
-            first, last = np.array([[0]]), np.array([[len(nodes) - 1]])
-            between = self.cost(stops[:-1, None, :], stops[1:, :, None], integrals)
-            legs = [self.cost(first, stops[0][:, None], integrals), *between]
-            before, (now, path) = now, cheapest_path([*legs, self.cost(stops[-1][None, :], last, integrals)])
+            before, (now, path) = now, self._cheapest(stops, _prefix_integrals(f, mass))
             if now == math.inf:
                 break
             boundaries = np.take_along_axis(cuts, path[None], axis=0)[0]
         return boundaries
+
+    def _cheapest(self, stops: Indices, integrals: Array) -> tuple[float, Indices]:
+        """The cheapest boundaries, each among its row of nodes: the cost, and which of its row each is."""
+        first, last = np.array([[0]]), np.array([[integrals.shape[1] - 1]])
+        between = self.cost(stops[:-1, None, :], stops[1:, :, None], integrals)
+        ends = self.cost(first, stops[0][:, None], integrals), self.cost(stops[-1][None, :], last, integrals)
+        return cheapest_path([ends[0], *between, ends[1]])
 
     def fit(self, boundaries: Array) -> Quantizer:
         """The best levels for given boundaries, and the error with them, summed without cancellation."""

@@ -11,7 +11,6 @@ why, once; so does `python -m fewbit_hooks doctor`. Where Triton is not installe
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import importlib.util
 import threading
@@ -47,6 +46,7 @@ class Backend(NamedTuple):
         return "triton" if self.kernels is not None else f"plain torch: {self.why}"
 
 
+ELSEWHERE = Backend(None, f"Triton's kernels are for {', '.join(sorted(DEVICE_TYPES))}")
 _found: dict[tuple[torch.device, bool], Backend] = {}
 _lock = threading.Lock()
 
@@ -69,7 +69,7 @@ def fused_backend(device: torch.device) -> Backend:
 
 def _backend(device: torch.device, fused: bool) -> Backend:
     if device.type not in DEVICE_TYPES:
-        return _elsewhere()
+        return ELSEWHERE
     found = _found.get((device, fused))
     if found is not None:
         return found
@@ -79,11 +79,6 @@ def _backend(device: torch.device, fused: bool) -> Backend:
         if (device, fused) not in _found:
             _found[device, fused] = _look(device, fused)
         return _found[device, fused]
-
-
-@functools.cache
-def _elsewhere() -> Backend:
-    return Backend(None, f"Triton's kernels are for {', '.join(sorted(DEVICE_TYPES))}")
 
 
 def _look(device: torch.device, fused: bool) -> Backend:

@@ -46,9 +46,9 @@ def encode(x: Tensor, bits: int, coder: Coder) -> Tensor:
     Returns:
         1-D uint8 tensor of `packed_bytes(x.numel(), bits)` elements.
     """
-    if bits == 1 and x.is_cpu and 0 < x.numel() <= chunk_size(x.device):
-        ((_, chunk),) = chunks(x.detach())
-        return torch.from_numpy(np.packbits(coder(chunk).numpy(), bitorder="little"))  # 0.05 ns an element, on one core
+    if bits == 1 and x.is_cpu:  # the same layout: (measured) 0.05 ns an element, on one core
+        packs = [np.packbits(coder(chunk).numpy(), bitorder="little") for _, chunk in chunks(x.detach())]
+        return torch.from_numpy(packs[0] if len(packs) == 1 else np.concatenate([np.empty(0, np.uint8), *packs]))
     packed = torch.empty(packed_bytes(x.numel(), bits), dtype=torch.uint8, device=x.device)
     for start, chunk in chunks(x.detach()):
         _pack(coder(chunk).view(torch.uint8), bits, packed[start * bits // 8 :])
@@ -75,9 +75,6 @@ def _pack(codes: Tensor, bits: int, packed: Tensor) -> None:
     packed = packed[: packed_bytes(n, bits)]
     if bits == 8:
         packed.copy_(codes)
-        return
-    if bits == 1 and codes.is_cpu:  # the same layout
-        packed.numpy()[:] = np.packbits(codes.numpy(), bitorder="little")
         return
     if codes.is_cpu and n <= FEW:
         packed.numpy()[:] = _pack_few(codes.numpy(), bits)[: packed.numel()]
