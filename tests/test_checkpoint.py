@@ -118,19 +118,20 @@ def test_a_scope_inside_each_checkpoint_has_the_gradients_it_has_without(
 def test_attention_inside_a_checkpoint_is_left_to_the_checkpoint(
     settings: dict[str, Any], p: float, min_bytes: int
 ) -> None:
-    projections = nn.ModuleList(nn.Linear(16, 48) for _ in range(3))
+    layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 48), nn.Linear(16, 16)) for _ in range(3))
 
-    def attend(projection: nn.Module, h: Tensor) -> Tensor:
-        q, k, v = projection(F.layer_norm(h, (16,))).view(2, 8, 4, 12).transpose(1, 2).chunk(3, -1)
-        return h + F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2).reshape(2, 8, 16)
+    def attend(layer: nn.Sequential, h: Tensor) -> Tensor:
+        q, k, v = layer[0](F.layer_norm(h, (16,))).view(2, 8, 4, 12).transpose(1, 2).chunk(3, -1)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+        return h + layer[1](y.transpose(1, 2).reshape(2, 8, 16))  # saves a tensor, whose place in the row is checked
 
     def run_all(around: Any) -> tuple[Tensor, ...]:
         torch.manual_seed(1)
         x = h = torch.linspace(-2, 2, 256).view(2, 8, 16).requires_grad_()
         with around:
-            for projection in projections:
-                h = checkpoint(attend, projection, h, use_reentrant=False)
-        return torch.autograd.grad(h.square().sum(), [x, *projections.parameters()])
+            for layer in layers:
+                h = checkpoint(attend, layer, h, use_reentrant=False)
+        return torch.autograd.grad(h.square().sum(), [x, *layers.parameters()])
 
     stock = run_all(contextlib.nullcontext())
     opened = quiet(**{**settings, "min_bytes": min_bytes})
