@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential, create_selective_checkpoint_contexts
 
+from . import tiny_models
 from .conftest import quiet
 
 SETTINGS: list[dict[str, Any]] = [{"bits": 3}, {"exact": True}, {"exact": True, "recompute": True}]
@@ -137,3 +139,23 @@ def test_attention_inside_a_checkpoint_is_left_to_the_checkpoint(
     opened = quiet(**{**settings, "min_bytes": min_bytes})
     for _ in range(3):
         assert all(map(torch.equal, run_all(opened), stock))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # transformers' own
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "roberta", "gpt2", "t5", "vit", "clip"])
+def test_models_of_transformers_that_checkpoint_their_blocks_have_their_gradients(
+    name: str, attention: str, exact: bool, recompute: bool
+) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    model, batch = copy.deepcopy(tiny_models.tiny(name, attention))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    stock = tiny_models.gradients(tiny_models.loss_of(model, batch), model)
+    opened = quiet(exclude="lm_head", exact=exact, recompute=recompute)  # roberta's head is in no block
+    for _ in range(3):
+        with opened:
+            loss = tiny_models.loss_of(model, batch)
+        assert tiny_models.same(tiny_models.gradients(loss, model), stock)
+    assert "inside checkpoint" in {row.reason for row in opened.report().rows}
