@@ -53,7 +53,7 @@ def environment() -> Iterator[tuple[str, str]]:
     yield "system", platform.platform()
     yield "torch", f"{torch.__version__}, {torch.get_num_threads()} threads"
     yield "numpy", np.__version__
-    for package in ("triton", "transformers"):
+    for package in ("numba", "triton", "transformers"):
         try:
             yield package, importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

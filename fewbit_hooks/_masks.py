@@ -109,8 +109,7 @@ class PackedMask:
 
     __slots__ = ("__weakref__", "codes", "layout", "nbytes", "rows", "step")
 
-    def __init__(self, mask: Tensor, other: int, step: Step, around: Hooks | None = None) -> None:
-        codes = ops.encode(mask, 1, ops.not_zero)
+    def __init__(self, mask: Tensor, codes: Tensor, other: int, step: Step, around: Hooks | None = None) -> None:
         self.nbytes = codes.nbytes
         self.codes = codes if around is None else Handed(codes, around)
         self.rows = ops.two_value_rows(other, mask.dtype, mask.device)
@@ -148,7 +147,7 @@ class WaitingMask:
         mask = kept.tensor
         if _owners(mask) == 1 and mask._version == kept.version and self._may_work_on(mask):
             with torch._C.DisableTorchFunction(), torch.no_grad():
-                packed = PackedMask(mask, 1, self._step)
+                packed = PackedMask(mask, ops.encode(mask, 1, ops.not_zero), 1, self._step)
             with self._step.lock:
                 self._row.stored_bytes += packed.nbytes
             self._content = packed
@@ -231,20 +230,21 @@ class MaskHook:
         if t.is_cuda and t.dtype != torch.bool:
             # of attention's float tensors on CUDA nothing is known; dropout saves nothing but its noise
             return self._keep(t, FLOATS) if call.name == "dropout" else keep(t, call.name, self._around)
-        waits = self._in_hand and self._around is None  # the hooks around the scope take what they are given now
+        waits = self._in_hand and t.dtype == torch.bool  # a look at each element would be for nothing
+        waits &= self._around is None  # the hooks around the scope take what they are given now
         if waits and t.is_cuda and torch.cuda.is_current_stream_capturing():
             return self._keep(t, CAPTURING)
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            other = ops.second_value(t)
-            if other is None:
+            found = None if waits else ops.encode_two_values(t)
+            if found is None and not waits:
                 return self._pass(t)
             row = ledger.row(call.name, 1, how=CODES)
             ledger.original(row, t)
-            if waits:
+            if found is None:
                 waiting = WaitingMask(t, call.name, row, ledger.step)
                 _waiting.masks.append(weakref.ref(waiting))
                 return waiting
-            packed = self.packed = PackedMask(t, other, ledger.step, self._around)
+            packed = self.packed = PackedMask(t, *found, ledger.step, self._around)
         ledger.stored(row, packed.nbytes)
         return packed
 

@@ -104,7 +104,7 @@ def check_settings(
             raise FewbitTypeError(f"{name} must be True or False, got {on!r}")
     if engine not in ("hooks", "fused", "auto"):
         raise FewbitValueError(f"engine must be 'hooks', 'fused' or 'auto', got {engine!r}")
-    if engine == "fused" and not ops.triton_is_installed():
+    if engine == "fused" and not ops.is_installed("triton"):
         raise FewbitError(
             "engine='fused' needs the package triton, which is not installed. Install it (pip install triton), or use "
             "'auto' or 'hooks'."

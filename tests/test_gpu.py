@@ -21,10 +21,10 @@ SMOOTH = [a.name for a in fewbit.activations() if not a.exact]
 ENGINES = [
     "hooks",
     pytest.param(
-        "fused", marks=pytest.mark.skipif(not ops.triton_is_installed(), reason="engine='fused' needs triton")
+        "fused", marks=pytest.mark.skipif(not ops.is_installed("triton"), reason="engine='fused' needs triton")
     ),
 ]
-needs_triton = pytest.mark.skipif(not ops.triton_is_installed(), reason="triton is not installed")
+needs_triton = pytest.mark.skipif(not ops.is_installed("triton"), reason="triton is not installed")
 FUSED = {
     "gelu": F.gelu,
     "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),

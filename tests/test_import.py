@@ -11,6 +11,7 @@ import fewbit_hooks as fewbit
 
 HEAVY = [
     "matplotlib",
+    "numba",
     "rich",
     "scipy",
     "sklearn",

@@ -53,7 +53,7 @@ def test_an_unknown_name_in_a_mapping_lists_the_known_ones() -> None:
 
 
 def test_what_an_engine_needs_and_does_not_find_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fewbit_hooks.ops.triton_is_installed", lambda: False)
+    monkeypatch.setattr("fewbit_hooks.ops.is_installed", lambda package: False)
     for make in (fewbit.scope, fewbit.enable):
         with pytest.raises(fewbit.FewbitError) as raised:
             make(engine="fused")

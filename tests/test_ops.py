@@ -19,11 +19,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewbit_hooks import ops
 from fewbit_hooks._float16 import scale_for_jump, snap
-from fewbit_hooks.ops import _layout
+from fewbit_hooks.ops import _dispatch, _layout
 
 from .hard_cases import BITS, DTYPES, boundaries_for, hard_values, random_codes, views
 
 SIZES = [0, 1, 7, 8, 9, 1023, 1024]
+
+
+@pytest.fixture(autouse=True, params=["plain torch", "numba"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What codes on the CPU."""
+    if request.param == "numba":
+        pytest.importorskip("numba", reason="numba is not installed")
+        monkeypatch.setattr(_dispatch, "_found", {})
+        assert str(ops.backend(torch.device("cpu"))) == "numba"
+    else:
+        plain = _dispatch.Backend(None, "as a test has it")
+        monkeypatch.setattr(_dispatch, "_found", {(torch.device("cpu"), False): plain})
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._coders import look_up
+from ._coders import look_up, sixteen_bits
 from ._layout import Layout, chunks
 from ._torch import unpack_bits
 
@@ -30,16 +30,18 @@ def decode_beside(output: Tensor, packed: Tensor | None, table: Tensor, layout: 
     """
     result = layout.empty()
     flat = result.as_strided((result.numel(),), (1,))
-    if Layout.of(output).stride != layout.stride:  # in the order of the result's memory
-        output = torch.empty_strided(layout.shape, layout.stride, dtype=output.dtype, device=output.device).copy_(
-            output
-        )
-    for start, chunk in chunks(output, 0 if output.is_cuda else CHUNK_BESIDE):
+    for start, chunk in chunks(in_order_of(layout, output), 0 if output.is_cuda else CHUNK_BESIDE):
         stop = start + chunk.numel()
-        half = chunk if chunk.dtype == torch.bfloat16 else chunk.half()
-        index = half.view(torch.uint16).to(torch.int32)
+        index = sixteen_bits(chunk).to(torch.int32)
         if packed is not None:
             side = unpack_bits(packed[start // 8 : (stop + 7) // 8], 1, chunk.numel())
             index.add_(side, alpha=1 << 16)  # (measured, CPU) 0.16 ns an element; to an int64 index it takes 0.8
         look_up(table, index, flat[start:stop])
     return result
+
+
+def in_order_of(layout: Layout, output: Tensor) -> Tensor:
+    """`output` itself, or a copy of it, whose elements are in the order of the layout's memory."""
+    if Layout.of(output).stride == layout.stride:
+        return output
+    return torch.empty_strided(layout.shape, layout.stride, dtype=output.dtype, device=output.device).copy_(output)

@@ -47,8 +47,15 @@ class Lookup:
         self.table = table
 
     def __call__(self, chunk: Tensor) -> Tensor:
-        index = chunk.view(torch.uint16).to(torch.int64)
-        return look_up(self.table, index, torch.empty_like(chunk, dtype=torch.uint8))
+        return self.of(chunk.view(torch.uint16))
+
+    def lookup(self, dtype: torch.dtype, device: torch.device) -> tuple[Lookup, float]:
+        """As `Thresholds.lookup`."""
+        return self, 1.0
+
+    def of(self, values: Tensor) -> Tensor:
+        """The codes of values that are given by their bits, uint16."""
+        return look_up(self.table, values.to(torch.int64), torch.empty_like(values, dtype=torch.uint8))
 
 
 class Thresholds:
@@ -77,13 +84,11 @@ class Thresholds:
 
     def __call__(self, chunk: Tensor) -> Tensor:
         """The codes of a chunk, the fast way where there is one."""
-        scale = self._scales.get(chunk.dtype)
-        if scale is None:
+        found = self.lookup(chunk.dtype, chunk.device)
+        if found is None:
             return self.bucketize(chunk)
-        lookup = self._lookup(chunk.dtype, chunk.device, scale)
-        if chunk.dtype == torch.float32:
-            chunk = (chunk if scale == 1.0 else chunk * scale).half()
-        return lookup(chunk)
+        lookup, scale = found
+        return lookup.of(sixteen_bits(chunk, scale))
 
     def bucketize(self, chunk: Tensor) -> Tensor:
         """The slow twin: float64 holds every input and every boundary exactly, so this is the definition itself."""
@@ -118,13 +123,28 @@ class Thresholds:
             self._limits[dtype, device] = limits.to(device, non_blocking=True)
         return self._limits[dtype, device]
 
-    def _lookup(self, dtype: torch.dtype, device: torch.device, scale: float) -> Lookup:
+    def lookup(self, dtype: torch.dtype, device: torch.device) -> tuple[Lookup, float] | None:
+        """Where inputs of this dtype are looked up, and the scale for `sixteen_bits`; None where they are not."""
+        scale = self._scales.get(dtype)
+        if scale is None:
+            return None
         if (dtype, device) not in self._lookups:
             bits = torch.arange(1 << 16, dtype=torch.int32, device="cpu").to(torch.uint16)
             values = bits.view(torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
             table = self.bucketize(values.double() / scale)
             self._lookups[dtype, device] = Lookup(table.to(device, non_blocking=True))
-        return self._lookups[dtype, device]
+        return self._lookups[dtype, device], scale
+
+
+def sixteen_bits(chunk: Tensor, scale: float = 1.0) -> Tensor:
+    """The bits of 16-bit floats, uint16: a bfloat16's own; of any other dtype, times the scale, those of its float16.
+
+    >>> sixteen_bits(torch.tensor([1.0, -2.0])).tolist() == [0x3C00, 0xC000]
+    True
+    """
+    if chunk.dtype != torch.bfloat16:
+        chunk = (chunk if scale == 1.0 else chunk * scale).half()
+    return chunk.view(torch.uint16)
 
 
 FEW = 1 << 16

@@ -1,11 +1,14 @@
-"""Which backend codes a tensor: Triton's kernels on CUDA where they work, else plain torch.
+"""Which backend codes a tensor: compiled kernels where they work, else plain torch.
+
+On CUDA they are Triton's, on the CPU numba's.
 
 NOTE [ Trust ]
 
-Whether Triton works on a device is asked once, when the first tensor there is coded, by a few hundred values: the bytes
-and the values must be those of plain torch. A compiler can fail in any way (no C compiler, a GPU too old, a driver too
-new), so whatever it raises counts as "does not work". Then plain torch serves that device, and a FewbitWarning says
-why, once; so does `python -m fewbit_hooks doctor`. Where Triton is not installed, nothing is said but by the doctor.
+Whether a package's kernels work on a device is asked once, when the first tensor there is coded, by a few hundred
+values: the bytes and the values must be those of plain torch. A compiler can fail in any way (no C compiler, a GPU too
+old, a driver too new), so whatever it raises counts as "does not work". Then plain torch serves that device, and a
+FewbitWarning says why, once; so does `python -m fewbit_hooks doctor`. Where the package is not installed, nothing is
+said but by the doctor.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .. import _errors
-from . import _beside, _torch
+from . import _beside, _torch, _two_values
 from ._coders import Coder, Thresholds
 from ._layout import Layout
 
@@ -35,41 +38,40 @@ class Backend(NamedTuple):
     """What codes the tensors of a device.
 
     Attributes:
-        kernels: the module of Triton's kernels; None: plain torch.
-        why: why it is not Triton; empty where it is.
+        kernels: the module of the kernels; None: plain torch.
+        said: which package's they are; or why it is plain torch.
     """
 
     kernels: ModuleType | None
-    why: str
+    said: str
 
     def __str__(self) -> str:
-        return "triton" if self.kernels is not None else f"plain torch: {self.why}"
+        return self.said if self.kernels is not None else f"plain torch: {self.said}"
 
 
-ELSEWHERE = Backend(None, f"Triton's kernels are for {', '.join(sorted(DEVICE_TYPES))}")
 _found: dict[tuple[torch.device, bool], Backend] = {}
 _lock = threading.Lock()
 
 
-def triton_is_installed() -> bool:
+def is_installed(package: str) -> bool:
     """Whether there is a package of that name; it is not imported."""
-    return importlib.util.find_spec("triton") is not None
+    return importlib.util.find_spec(package) is not None
 
 
 def backend(device: torch.device) -> Backend:
     """What codes the tensors of this device; see the note above."""
-    return _backend(device, fused=False)
+    return _found.get((device, False)) or _backend(device, fused=False)
 
 
 def fused_backend(device: torch.device) -> Backend:
-    """The same for the kernels that compute activations, too."""
+    """The same for the kernels that compute activations, too: Triton's."""
+    if device.type not in DEVICE_TYPES:
+        return Backend(None, f"Triton's kernels are for {', '.join(sorted(DEVICE_TYPES))}")
     plain = backend(device)
     return plain if plain.kernels is None else _backend(device, fused=True)
 
 
 def _backend(device: torch.device, fused: bool) -> Backend:
-    if device.type not in DEVICE_TYPES:
-        return ELSEWHERE
     found = _found.get((device, fused))
     if found is not None:
         return found
@@ -82,20 +84,23 @@ def _backend(device: torch.device, fused: bool) -> Backend:
 
 
 def _look(device: torch.device, fused: bool) -> Backend:
-    if not triton_is_installed():
-        return Backend(None, "triton is not installed")
+    if device.type not in DEVICE_TYPES and device.type != "cpu":
+        return Backend(None, f"there are no kernels for {device.type}")
+    package = "triton" if device.type in DEVICE_TYPES else "numba"
+    if not is_installed(package):
+        return Backend(None, f"{package} is not installed")
     try:
         with _waiting(device):
-            kernels = importlib.import_module("._triton_fused" if fused else "._triton", __package__)
+            kernels = importlib.import_module(f"._{package}_fused" if fused else f"._{package}", __package__)
             (_check_fused if fused else _check)(kernels, device)
     except Exception as error:  # see the note above
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         instead = "engine='fused' does without them" if fused else "it is coded in plain torch, more slowly"
         warnings.warn(
-            f"Triton's kernels do not work on {device}: {why}; {instead}.", _errors.FewbitWarning, stacklevel=5
+            f"The kernels of {package} do not work on {device}: {why}; {instead}.", _errors.FewbitWarning, stacklevel=5
         )
         return Backend(None, why)
-    return Backend(kernels, "")
+    return Backend(kernels, package)
 
 
 @contextlib.contextmanager
@@ -115,19 +120,19 @@ def _waiting(device: torch.device) -> Iterator[None]:
 def _check(kernels: ModuleType, device: torch.device) -> None:
     """Code some values; raises unless every byte is that of plain torch."""
     bits, coder = 3, Thresholds([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0])
-    x = torch.linspace(-4, 4, 701, device="cpu")  # not a whole number of bytes of codes
-    x[::50], x[1::50] = torch.nan, 0.5
     table = _torch.rows(torch.linspace(-1, 1, 1 << bits, device="cpu"), bits)
-    packed = _torch.encode(x, bits, coder)
-    values = _torch.decode(packed, table, bits, Layout.of(x))
-
-    there = x.to(device)
-    packed_there = kernels.encode(there, bits, coder)
-    values_there = kernels.decode(packed_there, table.to(device), bits, Layout.of(there))
-    if not torch.equal(packed_there.cpu(), packed):
-        raise ArithmeticError("its codes are not those of plain torch")
-    if not torch.equal(values_there.cpu(), values):
-        raise ArithmeticError("its decoded values are not those of plain torch")
+    for n in (701, 704):  # not a whole number of groups of 8, and one
+        x = torch.linspace(-4, 4, n, device="cpu")
+        x[::50], x[1::50] = torch.nan, 0.5
+        packed = _torch.encode(x, bits, coder)
+        values = _torch.decode(packed, table, bits, Layout.of(x))
+        there = x.to(device)
+        packed_there = kernels.encode(there, bits, coder)
+        values_there = kernels.decode(packed_there, table.to(device), bits, Layout.of(there))
+        if not torch.equal(packed_there.cpu(), packed):
+            raise ArithmeticError("its codes are not those of plain torch")
+        if not torch.equal(values_there.cpu(), values):
+            raise ArithmeticError("its decoded values are not those of plain torch")
 
 
 def _check_fused(kernels: ModuleType, device: torch.device) -> None:
@@ -211,3 +216,30 @@ def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
     layout = Layout((n,), (1,), torch.uint8, packed.device)
     codes: Tensor = kernels.decode(packed, _torch.code_rows(bits, packed.device), bits, layout)
     return codes
+
+
+def encode_two_values(x: Tensor) -> tuple[Tensor, int] | None:
+    """A mask's packed bits, and the bits of its second value; None if `x` has more values than 0 and that, bit for bit.
+
+    >>> encode_two_values(torch.tensor([0, 7, 7])), encode_two_values(torch.tensor([0.0, 1.25, -0.0]))
+    ((tensor([6], dtype=torch.uint8), 7), None)
+
+    In a boolean tensor there are no more. Of any other, the answer makes the host wait for the device.
+    """
+    if x.dtype == torch.bool:
+        return encode(x, 1, _two_values.not_zero), 1
+    kernels = backend(x.device).kernels
+    found: tuple[Tensor, int] | None = (_two_values if kernels is None else kernels).encode_two_values(x)
+    return found
+
+
+def second_value(x: Tensor) -> int | None:
+    """The bits of a mask's second value, as `encode_two_values` finds it.
+
+    >>> second_value(torch.tensor([0, 7, 0])), second_value(torch.tensor([0.0, 1.25, -0.0]))
+    (7, None)
+    """
+    if x.dtype == torch.bool:
+        return 1
+    found = encode_two_values(x)
+    return None if found is None else found[1]

@@ -37,9 +37,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._beside import in_order_of
 from ._coders import Coder, Lookup, Thresholds
 from ._layout import Layout, chunks, in_memory_order, is_dense
 from ._torch import packed_bytes
+from ._two_values import encode_two_values as encode_two_values  # no kernel would spare the host the waiting
 from ._two_values import not_zero
 
 GROUPS = 256
@@ -208,14 +210,10 @@ def decode_beside(output: Tensor, packed: Tensor | None, table: Tensor, layout: 
     out = layout.empty()
     n = out.numel()
     if n:
-        if Layout.of(output).stride != layout.stride:  # in the order of the result's memory
-            output = torch.empty_strided(layout.shape, layout.stride, dtype=output.dtype, device=output.device).copy_(
-                output
-            )
         bits_of = _INTEGERS[out.element_size()]
         flat, table = out.as_strided((n,), (1,)).view(bits_of), table.view(bits_of)
         with on(out.device):
-            for start, piece in _pieces(output.detach(), whole=True):
+            for start, piece in _pieces(in_order_of(layout, output.detach()), whole=True):
                 m = piece.numel()
                 y = piece.view(torch.int16) if piece.dtype == torch.bfloat16 else piece
                 side = packed[start // 8 :] if packed is not None else table  # not read where there are no sides

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from . import _torch
 from ._coders import compare
 from ._layout import chunks
 from ._torch import rows
+
+CHUNK = 1 << 18
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -25,32 +27,31 @@ def not_zero(chunk: Tensor) -> Tensor:
     return compare(lambda bits: bits != 0, as_integers(chunk))
 
 
-def second_value(x: Tensor) -> int | None:
-    """The bits of the other value if every element of `x` is, bit for bit, 0 or that; None if they are not.
+def encode_two_values(x: Tensor) -> tuple[Tensor, int] | None:
+    """The packed codes of `not_zero`, and the second value's bits; None if there are more values than 0 and that, or if
+    the second has the sign bit: no mask has.
 
-    >>> second_value(torch.tensor([0, 7, 0])), second_value(torch.tensor([0.0, 1.25, -0.0]))
-    (7, None)
+    >>> encode_two_values(torch.tensor([0, 7, 7]))
+    (tensor([6], dtype=torch.uint8), 7)
+    >>> encode_two_values(torch.tensor([0.0, 1.25, -0.0])) is None
+    True
 
-    For a boolean tensor there is nothing to look at. For any other the answer makes the host wait for the device.
-    (measured, CPU, one core) 0.4 ns an element, where dropout's own forward and backward take 7 to 8.
+    The answer makes the host wait for the device.
+
+    (measured, CPU, one core) 0.8 ns an element, where dropout's own forward and backward take 7 to 8.
     """
-    if x.dtype == torch.bool:
-        return 1
-    other = 0
-    for _, chunk in chunks(x.detach()):
-        bits = as_integers(chunk)
-        other = other or int(bits.amax())
-        if not _all_are(bits, other):
+    packs, other = [], 0
+    for _, chunk in chunks(as_integers(x.detach()), CHUNK):  # it stays in the cache, and is read twice
+        packs.append(_torch.encode(chunk, 1, not_zero))
+        other = other or max(int(chunk.amax()), 0)
+        # where all are 0, none is 1; where some are negative, neither
+        if not torch.equal(packs[-1], _torch.encode(chunk, 1, functools.partial(_is, other or 1))):
             return None
-    return other
+    return (packs[0] if len(packs) == 1 else torch.cat(packs or [x.new_empty(0, dtype=torch.uint8)])), other
 
 
-def _all_are(bits: Tensor, other: int) -> bool:
-    """Whether each is 0 or the other."""
-    if not bits.is_cpu:
-        return bool((bits == 0).logical_or_(bits == other).all())
-    array = bits.numpy()
-    return int(np.count_nonzero(array)) == (int(np.count_nonzero(array == other)) if other else 0)
+def _is(other: int, chunk: Tensor) -> Tensor:
+    return compare(lambda bits: bits == other, chunk)
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,0 +1,364 @@
+"""Compiled kernels against plain torch, byte for byte: Triton's and numba's.
+
+Triton's are run by Triton's interpreter on the CPU, or on a CUDA device where there is one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fewbit_hooks as fewbit
+from fewbit_hooks import ops
+from fewbit_hooks.ops import _beside, _dispatch, _layout, _torch, _two_values
+
+from .hard_cases import BITS, DTYPES, boundaries_for, hard_values, random_codes, views
+
+# the interpreter computes in numpy, which warns where a GPU does not
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+SIZES = [0, 1, 7, 8, 9, 1023, 1024, 4097]
+
+
+class Kernels:
+    """A package's kernels, and the device that they are for."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+        self.module: ModuleType = importlib.import_module(f"fewbit_hooks.ops._{package}")
+        self.device = torch.device("cuda:0" if package == "triton" and torch.cuda.is_available() else "cpu")
+
+    def there(self, x: Tensor) -> Tensor:
+        """`x` on the device of the kernels, with the strides that it has."""
+        if x.device == self.device:
+            return x
+        base = x if x._base is None else x._base
+        return base.to(self.device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+    def encode(self, x: Tensor, bits: int, coder: ops.Coder) -> Tensor:
+        """The codes, brought back."""
+        packed: Tensor = self.module.encode(self.there(x), bits, coder)
+        return packed.cpu()
+
+    def decode(self, packed: Tensor, rows: Tensor, bits: int, layout: ops.Layout) -> Tensor:
+        """The values, brought back."""
+        out: Tensor = self.module.decode(
+            self.there(packed), self.there(rows), bits, layout._replace(device=self.device)
+        )
+        return out.cpu()
+
+    def decode_beside(self, output: Tensor, packed: Tensor | None, table: Tensor, layout: ops.Layout) -> Tensor:
+        """The values, brought back."""
+        packed = None if packed is None else self.there(packed)
+        layout = layout._replace(device=self.device)
+        out: Tensor = self.module.decode_beside(self.there(output), packed, self.there(table), layout)
+        return out.cpu()
+
+
+@pytest.fixture(params=["triton", "numba"])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    pytest.importorskip(request.param, reason=f"{request.param} is not installed")
+    return Kernels(request.param)
+
+
+def equal_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_codes_are_those_of_plain_torch(kernels: Kernels, dtype: torch.dtype, bits: int, folded: bool) -> None:
+    boundaries = boundaries_for(bits, folded)
+    coder, x = ops.Thresholds(boundaries, folded), hard_values(boundaries, dtype)
+    assert len(x) > 4096
+    assert torch.equal(kernels.encode(x, bits, coder), _torch.encode(x, bits, coder))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("n", SIZES)
+def test_any_number_of_elements_is_coded_and_comes_back(kernels: Kernels, n: int, bits: int) -> None:
+    coder = ops.Thresholds(boundaries_for(bits))
+    for dtype in DTYPES:
+        x = 3 * torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)
+        values = torch.randn(1 << bits).to(dtype)
+        packed = _torch.encode(x, bits, coder)
+        assert torch.equal(kernels.encode(x, bits, coder), packed)
+        table, layout = ops.rows(values, bits), ops.Layout.of(x)
+        decoded = kernels.decode(packed, table, bits, layout)
+        assert equal_bits(decoded, _torch.decode(packed, table, bits, ops.Layout.of(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("boundary", [0.1, -0.1, 1e-50, -1e-50, 1e300, -1e300, 1e-40, 3.0])
+def test_boundaries_that_are_no_float32_numbers_are_applied_exactly(
+    kernels: Kernels, boundary: float, dtype: torch.dtype
+) -> None:
+    coder = ops.Thresholds([boundary])
+    with np.errstate(over="ignore", under="ignore"):
+        near = np.float32(boundary)
+        around = [np.nextafter(near, np.float32(-np.inf)), near, np.nextafter(near, np.float32(np.inf))]
+    x = torch.tensor([*map(float, around), 0.0, -0.0, 1e-45, -1e-45, np.inf, -np.inf, np.nan]).to(dtype)
+    codes = torch.from_numpy(1 - (x.double().numpy() <= boundary).astype(np.uint8))
+    assert torch.equal(kernels.encode(x, 1, coder), ops.pack_bits(codes, 1))
+
+
+@pytest.mark.parametrize("bits", [1, 3, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", views())
+def test_any_strides_are_encoded_and_come_back_dense(
+    kernels: Kernels, name: str, dtype: torch.dtype, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_layout, "CHUNK", 512)
+    monkeypatch.setattr(_layout, "CHUNK_CUDA", 512)
+    x = views()[name]
+    if dtype != torch.float32:
+        base = x if x._base is None else x._base
+        x = base.to(dtype).as_strided(x.shape, x.stride(), x.storage_offset())
+    coder, table = ops.Thresholds(boundaries_for(bits)), ops.rows(torch.linspace(-4, 4, 1 << bits).to(dtype), bits)
+    packed = _torch.encode(x, bits, coder)
+    assert torch.equal(kernels.encode(x, bits, coder), packed)
+    decoded = kernels.decode(packed, table, bits, ops.Layout.of(x))
+    expected = _torch.decode(packed, table, bits, ops.Layout.of(x))
+    assert decoded.stride() == expected.stride()
+    assert torch.equal(decoded, expected)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("n", SIZES)
+def test_packed_codes_are_those_of_plain_torch(kernels: Kernels, n: int, bits: int) -> None:
+    codes = random_codes(n, bits)
+    packed = kernels.encode(codes, bits, _torch.as_they_are)
+    assert torch.equal(packed, _torch.pack_bits(codes, bits))
+    layout = ops.Layout.of(codes)
+    assert torch.equal(kernels.decode(packed, _torch.code_rows(bits, torch.device("cpu")), bits, layout), codes)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_boolean_masks_and_predicates_take_a_bit(kernels: Kernels, n: int) -> None:
+    mask = random_codes(n, 1).bool()
+    packed = kernels.encode(mask, 1, ops.not_zero)
+    assert torch.equal(packed, _torch.encode(mask, 1, ops.not_zero))
+    both = ops.rows(torch.tensor([False, True]), 1)
+    assert torch.equal(kernels.decode(packed, both, 1, ops.Layout.of(mask)), mask)
+    x = torch.randn(n)
+    assert torch.equal(kernels.encode(x, 1, lambda c: c > 0), _torch.encode(x, 1, lambda c: c > 0))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.bool, torch.uint8, torch.int64])
+def test_a_mask_of_two_values_is_told_by_its_bits(kernels: Kernels, dtype: torch.dtype) -> None:
+    x = torch.tensor([0, 1, 1, 0, 1, 0, 0, 0, 1] * 9).to(dtype)
+    if dtype.is_floating_point:
+        x[::7] = -0.0
+    packed = kernels.encode(x, 1, ops.not_zero)
+    assert torch.equal(packed, _torch.encode(x, 1, ops.not_zero))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [1, 8])
+def test_a_lookup_gives_each_value_the_code_in_its_place(kernels: Kernels, bits: int, dtype: torch.dtype) -> None:
+    codes = random_codes(1 << 16, bits)
+    x = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(dtype)[3:]
+    packed = kernels.encode(x, bits, ops.Lookup(codes.to(kernels.device)))
+    assert torch.equal(packed, _torch.encode(x, bits, ops.Lookup(codes)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_special_stand_ins_keep_their_bits(kernels: Kernels, bits: int, dtype: torch.dtype) -> None:
+    special = torch.tensor([float("nan"), -0.0, float("inf"), -float("inf"), 1.0, 5e-324, 1e-45, -6e-8], dtype=dtype)
+    bytes_of = torch.cat([special] * 32)[: 1 << bits].contiguous().view(torch.uint8)
+    bytes_of[0] = 1  # a signalling NaN
+    stand_ins = bytes_of.view(dtype)
+    packed = ops.pack_bits((torch.arange(1024) % (1 << bits)).to(torch.uint8), bits)
+    table, layout = ops.rows(stand_ins, bits), ops.Layout((1024,), (1,), dtype, torch.device("cpu"))
+    decoded = kernels.decode(packed, table, bits, layout)
+    assert equal_bits(decoded, stand_ins[torch.arange(1024) % (1 << bits)])
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8])
+def test_rows_of_small_integers_are_converted(kernels: Kernels, dtype: torch.dtype) -> None:
+    packed, table = (
+        ops.pack_bits(random_codes(1001, 1), 1),
+        ops.rows(torch.tensor([3, -100 % 128], dtype=torch.int8), 1),
+    )
+    layout = ops.Layout((1001,), (1,), dtype, torch.device("cpu"))
+    decoded = kernels.decode(packed, table, 1, layout)
+    assert equal_bits(decoded, _torch.decode(packed, table, 1, layout._replace(device=torch.device("cpu"))))
+
+
+@pytest.mark.parametrize("output", DTYPES)
+@pytest.mark.parametrize("sides", [1, 2])
+def test_decoding_beside_an_output_is_that_of_plain_torch(kernels: Kernels, sides: int, output: torch.dtype) -> None:
+    y = torch.cat([torch.randn(1000).to(output), hard_values(np.array([1.0]), output)[:40]])[:1033]
+    # float64 numbers that rounding by way of float32 takes to another float16 number than rounding at once
+    y[7] = 1 + 2**-11 + 2**-40
+    packed = ops.pack_bits(random_codes(len(y), 1), 1) if sides == 2 else None
+    for dtype in DTYPES:
+        table = torch.arange(sides << 16).to(dtype)
+        expected = _beside.decode_beside(y, packed, table, ops.Layout.of(y.to(dtype)))
+        decoded = kernels.decode_beside(y, packed, table, ops.Layout.of(y.to(dtype)))
+        assert equal_bits(decoded, expected)
+
+
+def test_an_output_of_other_strides_is_read_in_the_order_of_the_result(kernels: Kernels) -> None:
+    y, table = torch.randn(40, 30), torch.arange(65536).float()
+    for output in (y, y[:, ::2], y.t(), y[:1].expand(40, 30)):
+        layout = ops.Layout.of(torch.empty(output.shape[::-1]).t())
+        expected = _beside.decode_beside(output, None, table, layout)
+        decoded = kernels.decode_beside(output, None, table, layout)
+        assert decoded.stride() == expected.stride()
+        assert torch.equal(decoded, expected)
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_mask_is_told_and_packed_as_by_plain_torch(kernels: Kernels, dtype: torch.dtype, n: int) -> None:
+    noise = torch.nn.functional.dropout(torch.ones(n, dtype=dtype), 0.3, True)
+    masks = [noise, torch.zeros_like(noise), torch.ones_like(noise), -noise, -torch.ones_like(noise)]
+    for at in (0, n // 2, n - 1):  # a third value at the beginning, in the middle, in the last bits
+        for value in (-0.0, 7.0, float("nan")):
+            masks.append(noise.clone())
+            masks[-1][at : at + 1] = value
+    for mask in masks:
+        expected = _two_values.encode_two_values(mask)
+        found = kernels.module.encode_two_values(kernels.there(mask))
+        assert (found is None) == (expected is None)
+        if expected is not None:
+            assert found[1] == expected[1]
+            assert torch.equal(found[0].cpu(), expected[0])
+
+
+@pytest.fixture
+def many_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Numba's loops share out what is larger than 16 elements, among four threads."""
+    numba = pytest.importorskip("fewbit_hooks.ops._numba", reason="numba is not installed")
+    monkeypatch.setattr(numba, "PIECE", 16)
+    monkeypatch.setattr(_layout, "CHUNK", 512)
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.usefixtures("many_pieces")
+def test_threads_leave_no_seam(bits: int) -> None:
+    numba, coder = Kernels("numba"), ops.Thresholds(boundaries_for(bits))
+    for n in (31, 32, 33, 511, 1000):
+        x = torch.randn(n)
+        packed = numba.encode(x, bits, coder)
+        assert torch.equal(packed, _torch.encode(x, bits, coder))
+        table, layout = ops.rows(torch.randn(1 << bits), bits), ops.Layout.of(x)
+        assert equal_bits(numba.decode(packed, table, bits, layout), _torch.decode(packed, table, bits, layout))
+
+
+@pytest.mark.usefixtures("many_pieces")
+def test_threads_leave_no_seam_in_masks_and_beside_an_output() -> None:
+    numba = Kernels("numba")
+    for n in (31, 32, 33, 511, 1000):
+        mask = torch.nn.functional.dropout(torch.ones(n), 0.3, True)
+        packed, other = numba.module.encode_two_values(mask)
+        assert other == _two_values.encode_two_values(mask)[1]
+        assert torch.equal(packed, _torch.encode(mask, 1, ops.not_zero))
+        table, y = torch.arange(2 << 16).float(), torch.randn(n)
+        expected = _beside.decode_beside(y, packed, table, ops.Layout.of(y))
+        assert equal_bits(numba.decode_beside(y, packed, table, ops.Layout.of(y)), expected)
+        mask[-1] = 7.0  # in the last thread's piece
+        assert numba.module.encode_two_values(mask) is None
+
+
+@pytest.fixture
+def not_yet_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if nothing had been coded on the CPU yet."""
+    monkeypatch.setattr(_dispatch, "DEVICE_TYPES", frozenset({"cuda"}))
+    monkeypatch.setattr(_dispatch, "_found", {})
+
+
+@pytest.mark.usefixtures("not_yet_asked")
+def test_numba_codes_on_the_cpu_and_a_step_is_what_it_is_in_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    numba = Kernels("numba").module
+    layers = [torch.nn.Linear(41, 64), torch.nn.GELU(), torch.nn.Dropout(0.5), torch.nn.Linear(64, 64), torch.nn.SiLU()]
+    model, x = torch.nn.Sequential(*layers), torch.randn(48, 41)
+    scope = fewbit.scope(min_bytes=0)
+
+    def gradients() -> list[Tensor]:
+        torch.manual_seed(0)
+        with scope:
+            loss = model(x).square().mean()
+        return list(torch.autograd.grad(loss, model.parameters()))
+
+    for _ in range(3):  # from codes, then beside the output of what was learned to be kept
+        monkeypatch.setattr(_dispatch, "_found", {})
+        with_numba = gradients()
+        assert str(ops.backend(torch.device("cpu"))) == "numba"
+        monkeypatch.setitem(_dispatch._found, (torch.device("cpu"), False), _dispatch.Backend(None, "as a test has it"))
+        monkeypatch.setattr(numba, "encode", None)
+        assert all(map(torch.equal, with_numba, gradients()))
+        monkeypatch.undo()
+        monkeypatch.setattr(_dispatch, "DEVICE_TYPES", frozenset({"cuda"}))
+
+
+def _wrong(*given: object) -> Tensor:
+    return torch.zeros(263, dtype=torch.uint8)
+
+
+def _raises(*given: object) -> Tensor:
+    raise RuntimeError("no compiler\nand much more")
+
+
+@pytest.mark.usefixtures("not_yet_asked")
+@pytest.mark.parametrize(
+    ("broken", "why"),
+    [(_wrong, "ArithmeticError: its codes are not those of plain torch"), (_raises, "RuntimeError: no compiler")],
+)
+def test_where_numba_does_not_work_plain_torch_serves_and_a_warning_says_why_once(broken, why, monkeypatch) -> None:
+    monkeypatch.setattr(Kernels("numba").module, "encode", broken)
+    x, coder = torch.randn(104), ops.Thresholds([0.0])
+    with pytest.warns(fewbit.FewbitWarning) as warned:
+        packed = ops.encode(x, 1, coder)
+    said = f"The kernels of numba do not work on cpu: {why}; it is coded in plain torch, more slowly."
+    assert [str(w.message) for w in warned] == [said]
+    assert torch.equal(packed, _torch.encode(x, 1, coder))
+    assert str(ops.backend(x.device)) == f"plain torch: {why}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops.encode(x, 1, coder)
+
+
+@pytest.mark.usefixtures("not_yet_asked")
+def test_where_numba_is_not_installed_nothing_is_said_but_by_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_dispatch, "is_installed", lambda package: False)
+    assert ops.encode(torch.ones(8), 1, ops.Thresholds([0.0])).tolist() == [255]
+    assert str(ops.backend(torch.device("cpu"))) == "plain torch: numba is not installed"
+
+
+FORK = """
+import os, torch
+from fewbit_hooks import ops
+from fewbit_hooks.ops import _numba
+_numba.PIECE = 16
+torch.set_num_threads(8)
+x, coder = torch.arange(1000).float(), ops.Thresholds([500.0])
+expected = _numba.encode(x, 1, coder)
+pid = os.fork()
+if pid == 0:
+    os._exit(0 if torch.equal(_numba.encode(x, 1, coder), expected) else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    pytest.importorskip("numba", reason="numba is not installed")
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "0\n", done.stderr
