@@ -39,7 +39,7 @@ from ._layout import Layout, chunks
 from ._torch import packed_bytes
 from ._two_values import as_integers
 
-if numba.config.DISABLE_JIT:
+if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
 T = TypeVar("T")
