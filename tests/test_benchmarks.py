@@ -24,9 +24,25 @@ def rows(path: Path) -> list[dict[str, str]]:
 def test_of_each_op(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench_ops.main(["--quick", "--csv", str(tmp_path / "ops.csv")])
     table = rows(tmp_path / "ops.csv")
-    assert len(table) == 2 * 2 * 8
-    assert all(float(row[column]) > 0 for row in table for column in ("encode", "decode", "gelu f+b", "encode bw"))
-    assert "ratio = (encode + decode) / (gelu f+b)" in capsys.readouterr().out
+    found = {(row["op"], row["way"], row["bits"], row["dtype"]) for row in table}
+    assert len(found) == len(table)
+    for op in bench_ops.OPS:
+        ways = {way for name, way, *_ in found if name == op}
+        assert ("hooks" in ways) == (op != "gelu, kept")
+        assert ("torch" in ways) == (op in ("gelu", "dropout", "gelu, kept"))
+    assert {bits for op, _, bits, _ in found if op == "gelu"} == set("12345678")
+    columns = ("forward", "backward", "stock", "ratio", "forward bytes", "backward bytes", "forward bw", "backward bw")
+    assert all(float(row[column]) > 0 for row in table for column in columns)
+    assert "fraction of the bandwidth of a copy" in capsys.readouterr().out
+
+
+def test_of_some_ops_and_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench_ops.main(["--quick", "--bits", "2", "4", "--csv", str(tmp_path / "ops.csv"), "silu", "relu"])
+    found = {(row["op"], row["bits"]) for row in rows(tmp_path / "ops.csv")}
+    assert found == {("silu", "2"), ("silu", "4"), ("relu", "1")}
+    with pytest.raises(SystemExit):
+        bench_ops.main(["gelo"])
+    assert "no operation 'gelo'; there are gelu, gelu tanh" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -206,10 +206,16 @@ def test_inside_a_checkpoint_the_codes_are_dropped_with_all_else(
         coded.append(StorageWeakRef(codes.untyped_storage()))
         return codes
 
-    encode_ = ops.encode
+    def encode_mask(x: Tensor) -> tuple[Tensor, int] | None:
+        found = encode_mask_(x)
+        coded.append(StorageWeakRef(found[0].untyped_storage()))
+        return found
+
+    encode_, encode_mask_ = ops.encode, ops.encode_two_values
     model = mlp(make())
     alone = gradients(model, x, fewbit.scope(bits=3, min_bytes=0))
     monkeypatch.setattr(ops, "encode", encode)
+    monkeypatch.setattr(ops, "encode_two_values", encode_mask)
 
     @fewbit.scope(bits=3, min_bytes=0)
     def forward(x: Tensor) -> Tensor:
