@@ -10,8 +10,9 @@ figures are medians. Runs on the first CUDA device where there is one, else on t
     triton            operation's own forward and backward in stock PyTorch
     kernels           the fused engine's two kernels without autograd: forward with codes, and grad times level
 
-`gelu, kept` is a gelu whose output another node keeps (one bit beside it), `dropout` its mask. `bytes` are those that
-must be read and written, an element, and `bw` is what fraction of the bandwidth of a copy on that device they make.
+`gelu, kept` is a gelu whose output another node keeps (one bit beside it), `dropout` its mask, `silu, gated` the
+product of silu and another tensor. `bytes` are those that must be read and written, an element, and `bw` is what
+fraction of the bandwidth of a copy on that device they make.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from fewbit_hooks import ops
 from fewbit_hooks._inverse import find_inverse
 from fewbit_hooks.ops import _beside, _torch, _two_values
 
-OPS: dict[str, Callable[[Tensor], Tensor]] = {
+OPS: dict[str, Callable[..., Tensor]] = {
     "gelu": F.gelu,
     "gelu tanh": functools.partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
@@ -50,7 +51,9 @@ OPS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "dropout": F.dropout,
     "gelu, kept": F.gelu,
+    "silu, gated": lambda gate, up: F.silu(gate) * up,
 }
+GATED = "silu, gated"
 ONE_BIT = frozenset({"relu", "dropout", "gelu, kept"})
 COLUMNS = (
     "op", "bits", "dtype", "elements", "way", "forward", "backward", "stock", "ratio",
@@ -87,16 +90,17 @@ class Call:
 
     def __init__(self, op: str, x: Tensor, grad: Tensor, context: AbstractContextManager[object]) -> None:
         self._function, self._grad, self._context = OPS[op], grad, context
-        self._x = x.detach().requires_grad_()
+        inputs = (x, grad) if op == GATED else (x,)
+        self._inputs = [t.detach().clone().requires_grad_() for t in inputs]
 
     def forward(self) -> None:
         """The graph is kept for `backward`."""
         with self._context:
-            self._y = self._function(self._x)
+            self._y = self._function(*self._inputs)
 
     def backward(self) -> None:
         """Once for each forward."""
-        torch.autograd.grad(self._y, self._x, self._grad)
+        torch.autograd.grad(self._y, self._inputs, self._grad)
         del self._y
 
 
@@ -105,12 +109,13 @@ def calls(op: str, bits: int, x: Tensor, grad: Tensor) -> Iterator[Way]:
     size, code = x.element_size(), bits / 8
     noise = size if op == "dropout" else 0  # which stock writes, and reads
     stock = Call(op, x, grad, contextlib.nullcontext())
-    yield Way("stock", stock.forward, stock.backward, 2 * size + noise, 3 * size)
+    forward, backward = (5 * size, 9 * size) if op == GATED else (2 * size + noise, 3 * size)
+    yield Way("stock", stock.forward, stock.backward, forward, backward)
     if op == "gelu, kept":
         return  # a scope learns of it within a model
     hooks = Call(op, x, grad, fewbit.scope(bits, min_bytes=0))
-    yield Way("hooks", hooks.forward, hooks.backward, 3 * size + code + noise, 4 * size + code)
-    if op not in ONE_BIT and ops.fused_backend(x.device).kernels is not None:
+    yield Way("hooks", hooks.forward, hooks.backward, forward + size + code, backward + size + code)
+    if op not in ONE_BIT and op != GATED and ops.fused_backend(x.device).kernels is not None:
         fused = Call(op, x, grad, fewbit.scope(bits, min_bytes=0, engine="fused"))
         yield Way("fused", fused.forward, fused.backward, 2 * size + code, 2 * size + code)
 
@@ -137,6 +142,11 @@ def codings(op: str, bits: int, x: Tensor, grad: Tensor) -> Iterator[Way]:
             encode = functools.partial((kernels or _torch).encode, x, 1, inverse.side)
             decode = functools.partial((kernels or _beside).decode_beside, output, packed, table, layout)
             yield Way(name, encode, decode, size + code, 2 * size + code)
+    elif op == GATED and (gated := ops.gated_backend(x.device).kernels) is not None:
+        none = torch.zeros(1, device=x.device)
+        forward = functools.partial(gated.forward, "silu", none, x, grad)
+        backward = functools.partial(gated.backward, "silu", none, grad, x, grad)
+        yield Way("kernels", forward, backward, 3 * size, 5 * size)
     elif op == "gelu":
         codebook = fewbit.codebook("gelu", bits)
         coder = ops.Thresholds(codebook.boundaries, codebook.folded)

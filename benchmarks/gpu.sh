@@ -17,7 +17,7 @@ gpu=$(python3 -c 'import torch; print(torch.cuda.get_device_name().replace(" ", 
 status=0
 python3 -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py || status=$?
 # the kernels' own tests run on the device, and not by Triton's interpreter, where there is one
-python3 -m pytest -q -p no:cacheprovider tests/test_triton.py tests/test_fused.py || status=$?
+python3 -m pytest -q -p no:cacheprovider tests/test_triton.py tests/test_kernels.py tests/test_fused.py tests/test_gated.py || status=$?
 python3 -m fewbit_hooks doctor || status=$?
 python3 benchmarks/bench_ops.py --csv "$out/ops-$gpu.csv" || status=$?
 for name in step batch; do # they need transformers

@@ -7,9 +7,8 @@ names. They are looked for among the modules already imported; nothing is import
 from __future__ import annotations
 
 import inspect
-import sys
-import threading
 from collections.abc import Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -17,6 +16,7 @@ from torch import nn
 from . import _activations
 from ._activations import Parameter
 from ._composites import replace_forward
+from ._imported import Imported
 
 _ACTIVATIONS: dict[str, dict[str, tuple[str, dict[str, Parameter]]]] = {
     "transformers.activations": {
@@ -51,28 +51,14 @@ def built_in() -> dict[str, list[str]]:
     return table
 
 
-_lock = threading.RLock()
-_searched: set[str] = set()
-_modules_seen = 0
+def _replace_in(name: str, module: ModuleType) -> None:
+    """Replace the forward of the table's classes in a module."""
+    for cls, activation, parameters in _classes(name, vars(module)):
+        found = _activations.find(activation) if activation else None
+        replace_forward(cls, "rms_norm", found, found.check(parameters) if found else {})
 
 
-def find_built_in() -> None:
-    """Replace the forward of the table's classes in what has been imported since the last time."""
-    global _modules_seen
-    if len(sys.modules) == _modules_seen:
-        return
-    with _lock:
-        _modules_seen = len(sys.modules)
-        for name, module in list(sys.modules.items()):
-            if name in _searched or not name.startswith(("transformers.", "timm.")):
-                continue
-            if getattr(getattr(module, "__spec__", None), "_initializing", False):
-                _modules_seen = 0  # half imported, on another thread or around us: look again
-                continue
-            _searched.add(name)
-            for cls, activation, parameters in _classes(name, vars(module)):
-                found = _activations.find(activation) if activation else None
-                replace_forward(cls, "rms_norm", found, found.check(parameters) if found else {})
+find_built_in = Imported(("transformers.", "timm."), _replace_in)
 
 
 def _classes(

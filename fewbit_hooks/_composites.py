@@ -163,7 +163,7 @@ def replace_forward(
             name = activation.name
         call = Call(name, activation, tuple(parameters)) if activation is not None else None
         composite = Composite(name, forward, call, dict(parameters))
-        cls.forward = functools.wraps(forward)(_in_globals_of(forward, _run_or_leave(composite)))
+        cls.forward = functools.wraps(forward)(in_globals_of(forward, _run_or_leave(composite)))
         cls.forward._fewbit_original = forward  # type: ignore[attr-defined]
 
 
@@ -189,7 +189,7 @@ def _run_or_leave(composite: Composite) -> types.FunctionType:
     return cast(types.FunctionType, run_or_leave)
 
 
-def _in_globals_of(forward: Any, function: types.FunctionType) -> types.FunctionType:
+def in_globals_of(forward: Any, function: types.FunctionType) -> types.FunctionType:
     """The same function, which needs no globals, with those of `forward`: torch.jit.script reads the source of the
     one, and looks names up in the globals of the other."""
     found = getattr(inspect.unwrap(forward), "__globals__", function.__globals__)

@@ -9,8 +9,8 @@ left alone, and one whose output is kept takes its derivative from that, as ever
 2. outside of `recompute=True`: what is computed again there must be bit for bit what it was, by the same kernel;
 3. where Triton works (NOTE [ Trust ] in `ops/_dispatch.py`).
 
-All others go through the hooks. So do products of gated units: the product is another call, made after the activation
-has returned, and holding the activation back until then would change what a model sees.
+All others go through the hooks; but products of gated units, whose activation nobody else sees, are one kernel:
+NOTE [ Gated units ] in `_gated.py`.
 
 The forward is Triton's and may differ from PyTorch's in the last places (NOTE [ Formulas ] in `ops/_triton_fused.py`),
 against rule "the forward is bit for bit what it was". Therefore this engine is used only where it is asked for:
@@ -102,7 +102,7 @@ def run(plan: Plan, ledger: Ledger, x: Tensor, site: Site | None) -> Tensor | No
         ledger: the books.
         site: where the call was made; None if it was in no module.
     """
-    kernels = _kernels(plan, x)
+    kernels = kernels_for(plan, x)
     if kernels is None:
         return None
     name = plan.activation.name
@@ -117,7 +117,7 @@ def run(plan: Plan, ledger: Ledger, x: Tensor, site: Site | None) -> Tensor | No
     return y
 
 
-def _kernels(plan: Plan, x: Tensor) -> ModuleType | None:
+def kernels_for(plan: Plan, x: Tensor) -> ModuleType | None:
     """The kernels, where they serve; see the note above."""
     if plan.codebook is None or plan.inplace or plan.thresholds is None:
         return None
@@ -132,14 +132,20 @@ def _kernels(plan: Plan, x: Tensor) -> ModuleType | None:
     return ops.fused_backend(x.device).kernels
 
 
+def formula_on(plan: Plan, x: Tensor) -> tuple[str, Tensor]:
+    """The formula's name, and its parameters as the kernels read them; where `kernels_for` has found some."""
+    tables = _tables[plan]
+    assert tables.formula is not None
+    parameters, _ = tables.on(ops.computed_in(x.dtype), x.device)
+    return tables.formula.name, parameters
+
+
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: Plan, kernels: ModuleType, step: Step) -> Tensor:
-        tables, thresholds = _tables[plan], plan.thresholds
-        assert tables.formula is not None
-        parameters, _ = tables.on(kernels.compute(x.dtype), x.device)
+        name, parameters = formula_on(plan, x)
         y: Tensor
-        y, codes = kernels.forward(tables.formula.name, x, plan.bits, thresholds, parameters)
+        y, codes = kernels.forward(name, x, plan.bits, plan.thresholds, parameters)
         ctx.save_for_backward(codes)  # others' hooks are handed them
         ctx.plan, ctx.kernels, ctx.step, ctx.layout = plan, kernels, step, ops.Layout.of(x)
         ctx.flag = plan.flag(x)
@@ -151,12 +157,13 @@ class _Fused(torch.autograd.Function):
         begin_backward(plan.activation.name, ctx.step)
         (codes,) = ctx.saved_tensors
         with torch._C.DisableTorchFunction():
-            if _is_batched(grad):  # is_grads_batched=True: no kernel of ours can read it
+            if is_batched(grad):  # is_grads_batched=True: no kernel of ours can read it
                 slope = ops.decode(codes, plan.level_rows(layout.dtype, layout.device), plan.bits, layout)
                 return flagged(slope, ctx.flag) * grad, None, None, None
-            _, levels = _tables[plan].on(kernels.compute(layout.dtype), layout.device)
+            _, levels = _tables[plan].on(ops.computed_in(layout.dtype), layout.device)
             return flagged(kernels.backward(grad, codes, plan.bits, levels, layout), ctx.flag), None, None, None
 
 
-def _is_batched(t: Tensor) -> bool:
+def is_batched(t: Tensor) -> bool:
+    """Whether it stands for several, one of which a vmap is about to compute."""
     return bool(torch._C._functorch.is_batchedtensor(t) or torch._C._functorch.is_legacy_batchedtensor(t))

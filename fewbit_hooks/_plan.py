@@ -37,6 +37,7 @@ class Plan:
         codebook: None for the two-valued activations.
         bits: bits an element.
         inplace: the call overwrites its input.
+        function: the call, of its input alone.
         thresholds: the codebook's boundaries, as a coder; None where there is no codebook.
     """
 
@@ -53,7 +54,7 @@ class Plan:
         self.codebook = codebook
         self.bits = codebook.bits if codebook else 1
         self.inplace = inplace
-        self._function = function
+        self.function = function
         self._coders: dict[tuple[torch.dtype, torch.device], Coder] = {}
         self._rows: dict[tuple[torch.dtype, torch.device], Saved] = {}
         self._levels: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -101,7 +102,7 @@ class Plan:
         if self.codebook is None:
             return Itself() if self._output_serves(x) else None
         if not self._inverse_sought:
-            self._inverse = find_inverse(self._function, self._derivative)
+            self._inverse = find_inverse(self.function, self._derivative)
         self._inverse_sought = True
         return self._inverse
 
@@ -114,7 +115,7 @@ class Plan:
                 return False  # the answer makes the host wait for the device: another time
             # how a kernel rounds its limits differs from kernel to kernel: ask the device's own
             values = self._telling_values(x.dtype).to(x.device)
-            self._serves_itself[key] = serves_itself(self._function, values)
+            self._serves_itself[key] = serves_itself(self.function, values)
         return self._serves_itself[key]
 
     def reason_to_keep(self, t: Tensor) -> str:
@@ -145,7 +146,7 @@ class Plan:
         if self._is_not_a_number is None:
             # so often, as what a CPU's kernel makes of a NaN may depend on the position
             at = torch.from_numpy(np.repeat([[np.nan], [np.inf], [-np.inf]], 64, axis=1))
-            slope = derivative_from(self._function, saved_by(self._function, at), at).isnan().any(1)
+            slope = derivative_from(self.function, saved_by(self.function, at), at).isnan().any(1)
             self._is_not_a_number = bool(slope[0]), bool(slope[1:].any())
         return self._is_not_a_number
 
@@ -160,13 +161,13 @@ class Plan:
     def intermediates(self, x: Tensor) -> int:
         """The bytes that stock autograd would keep for the call beside the input's storage."""
         if self._intermediates is None:
-            self._intermediates, _ = saves(self._function, torch.zeros(8, dtype=x.dtype, device=x.device))
+            self._intermediates, _ = saves(self.function, torch.zeros(8, dtype=x.dtype, device=x.device))
         return int(self._intermediates * x.numel() * x.element_size())
 
     def captures(self, x: Tensor) -> bool:
         """Whether the function, a closure say, depends on a tensor beside its input that requires grad."""
         with pristine():
-            y: Tensor = self._function(torch.zeros(1, dtype=x.dtype, device=x.device))
+            y: Tensor = self.function(torch.zeros(1, dtype=x.dtype, device=x.device))
         return y.requires_grad
 
     def _two_valued_coder(self, dtype: torch.dtype, device: torch.device) -> Coder:
@@ -174,7 +175,7 @@ class Plan:
             return self._second_value
         # How a 16-bit kernel rounds its limits (hardtanh's 0.1 in bfloat16) differs from kernel to kernel: ask it.
         values = all_values(dtype).to(device)
-        slope = derivative_from(self._function, [values], values)
+        slope = derivative_from(self.function, [values], values)
         return ops.Lookup((slope != slope[0]).to(torch.uint8))
 
     def _second_value(self, v: Tensor) -> Tensor:
@@ -188,10 +189,10 @@ class Plan:
                 return [ops.rows(_on(np.array([integers[0], integers[1]]), torch.int8, device), self.bits)]
             return [ops.rows(_on(self._two_values(dtype), dtype, device), self.bits)]
         if dtype in SIXTEEN_BIT:
-            s = standins_16bit(self._function, self.codebook.levels, dtype)
+            s = standins_16bit(self.function, self.codebook.levels, dtype)
         else:
-            s = standins(self._function, self._derivative, self.codebook.levels, self.codebook.interval, dtype)
-        saved = saved_by(self._function, s.to(device=device, dtype=dtype))
+            s = standins(self.function, self._derivative, self.codebook.levels, self.codebook.interval, dtype)
+        saved = saved_by(self.function, s.to(device=device, dtype=dtype))
         return [ops.rows(t.to(dtype), self.bits) if t.shape == s.shape else None for t in saved]
 
     def _derivative(self, x: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from . import _built_in, _compiled, _copies, _masks, _plan, _policy, _recipes, _recompute, _stack, _treatment
+from . import _built_in, _compiled, _copies, _gated, _masks, _plan, _policy, _recipes, _recompute, _stack, _treatment
 from ._calls import BACKWARD, RECOGNISED
 from ._errors import FewbitError, FewbitTypeError, FewbitWarning
 from ._ledger import Ledger
@@ -125,6 +125,8 @@ class scope:
         entry = _stack.Entry(self, inert=_policy.disabled(), enabled=enabled)
         if not entry.inert:
             _built_in.find_built_in()
+            if entry.fuses:
+                _gated.find_gated()
         _stack.push(entry, _Mode)
         return entry
 

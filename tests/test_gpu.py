@@ -254,6 +254,26 @@ def test_under_autocast_the_output_has_the_dtype_that_it_had(name: str) -> None:
             assert FUSED[name](x).dtype == stock.dtype
 
 
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("act", ["silu", "gelu", "gelu_pytorch_tanh", "mish", "tanh", "sigmoid"])
+def test_a_gated_unit_is_stocks_to_rounding(act: str, dtype: torch.dtype) -> None:
+    hf = pytest.importorskip("transformers", reason="transformers is not installed")
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    config = hf.LlamaConfig(hidden_size=64, intermediate_size=136, num_attention_heads=2, hidden_act=act)
+    module, x = LlamaMLP(config).to("cuda", dtype), torch.randn(7, 64, device="cuda").to(dtype).requires_grad_()
+    with fewbit.scope(engine="fused", min_bytes=0) as memory:
+        y = module(x)
+    assert [row.how for row in memory.report().rows] == ["recomputed"]
+    stock = module(x)
+    leaves = [x, *module.parameters()]
+    ours, theirs = (torch.autograd.grad(t.square().sum(), leaves) for t in (y, stock))
+    eps = torch.finfo(dtype).eps
+    for a, b in zip((y, *ours), (stock, *theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=32 * eps * float(b.detach().abs().max()))
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_on_another_stream_the_work_is_ordered_by_that_stream(engine: str) -> None:
     x = torch.zeros(2**24, device="cuda").requires_grad_()

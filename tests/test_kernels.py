@@ -301,7 +301,9 @@ def test_numba_codes_on_the_cpu_and_a_step_is_what_it_is_in_plain_torch(monkeypa
         monkeypatch.setattr(_dispatch, "_found", {})
         with_numba = gradients()
         assert str(ops.backend(torch.device("cpu"))) == "numba"
-        monkeypatch.setitem(_dispatch._found, (torch.device("cpu"), False), _dispatch.Backend(None, "as a test has it"))
+        monkeypatch.setitem(
+            _dispatch._found, (torch.device("cpu"), "_numba"), _dispatch.Backend(None, "as a test has it")
+        )
         monkeypatch.setattr(numba, "encode", None)
         assert all(map(torch.equal, with_numba, gradients()))
         monkeypatch.undo()

@@ -118,7 +118,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fewbit_hooks.ops import _triton as T, _triton_fused as F
+from fewbit_hooks.ops import _triton as T, _triton_fused as F, _triton_gated as G
 
 def build(kernel, constants, **types):
     names, pointers = kernel.arg_names, [name for name, kind in types.items() if kind[0] == "*"]
@@ -149,6 +149,10 @@ for kind in ("fp16", "bf16", "fp32", "fp64"):
         ptx = build(F._forward, constants, x="*" + kind, y="*" + kind, packed="*u8",
                     boundaries=limits, parameters=limits, n="i32", n_bytes="i32")
         assert kind != "bf16" or "cvt.rn.bf16" in ptx  # rounded to the nearest, by the hardware
+        name, data = dict(NAME=name), dict(gate="*" + kind, up="*" + kind, out="*" + kind, parameters=limits, n="i32")
+        build(G._gated_forward, name, **data)
+        data |= dict(grad=data["gate"], d_gate=data["gate"], d_up=data["gate"])
+        build(G._gated_backward, name, **{key: kind for key, kind in data.items() if key != "out"})
 build(T._decode_beside, dict(SIDES=False), output="*fp32", packed="*u8", table="*i32", out="*i32", n="i32")
 build(T._encode_lookup, dict(BITS=1), x="*i16", packed="*u8", table="*u8", n="i32", n_bytes="i32")
 build(T._pack, dict(BITS=1), codes="*u8", packed="*u8", n="i32", n_bytes="i32")

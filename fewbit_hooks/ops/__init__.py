@@ -10,11 +10,13 @@ from ._dispatch import decode_beside as decode_beside
 from ._dispatch import encode as encode
 from ._dispatch import encode_two_values as encode_two_values
 from ._dispatch import fused_backend as fused_backend
+from ._dispatch import gated_backend as gated_backend
 from ._dispatch import is_installed as is_installed
 from ._dispatch import pack_bits as pack_bits
 from ._dispatch import second_value as second_value
 from ._dispatch import unpack_bits as unpack_bits
 from ._layout import Layout as Layout
+from ._layout import computed_in as computed_in
 from ._layout import is_dense as is_dense
 from ._torch import has_nan as has_nan
 from ._torch import is_finite as is_finite

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .. import _float16
+from ._layout import computed_in
 
 Coder = Callable[[Tensor], Tensor]
 """Maps a contiguous 1-D chunk to its codes: uint8, or bool where there is one bit."""
@@ -114,7 +115,7 @@ class Thresholds:
         x <= b and x <= limit are the same for every float32 x, and for every float16 and bfloat16 x, which are float32
         numbers too.
         """
-        dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        dtype = computed_in(dtype)
         if (dtype, device) not in self._limits:
             exact = self._boundaries[torch.device("cpu")]
             limits = exact.to(dtype)

@@ -18,7 +18,7 @@ import importlib
 import importlib.util
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import NamedTuple
 
@@ -49,7 +49,8 @@ class Backend(NamedTuple):
         return self.said if self.kernels is not None else f"plain torch: {self.said}"
 
 
-_found: dict[tuple[torch.device, bool], Backend] = {}
+_found: dict[tuple[torch.device, str], Backend] = {}
+"""By device and name of the module of kernels."""
 _lock = threading.Lock()
 
 
@@ -60,7 +61,7 @@ def is_installed(package: str) -> bool:
 
 def backend(device: torch.device) -> Backend:
     """What codes the tensors of this device; see the note above."""
-    return _found.get((device, False)) or _backend(device, fused=False)
+    return _backend(device, "_triton" if device.type in DEVICE_TYPES else "_numba")
 
 
 def fused_backend(device: torch.device) -> Backend:
@@ -68,34 +69,40 @@ def fused_backend(device: torch.device) -> Backend:
     if device.type not in DEVICE_TYPES:
         return Backend(None, f"Triton's kernels are for {', '.join(sorted(DEVICE_TYPES))}")
     plain = backend(device)
-    return plain if plain.kernels is None else _backend(device, fused=True)
+    return plain if plain.kernels is None else _backend(device, "_triton_fused")
 
 
-def _backend(device: torch.device, fused: bool) -> Backend:
-    found = _found.get((device, fused))
+def gated_backend(device: torch.device) -> Backend:
+    """The same for those that compute products of gated units."""
+    fused = fused_backend(device)
+    return fused if fused.kernels is None else _backend(device, "_triton_gated")
+
+
+def _backend(device: torch.device, name: str) -> Backend:
+    found = _found.get((device, name))
     if found is not None:
         return found
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return Backend(None, "a CUDA graph is being captured, and the first look makes the host wait: another time")
     with _lock:
-        if (device, fused) not in _found:
-            _found[device, fused] = _look(device, fused)
-        return _found[device, fused]
+        if (device, name) not in _found:
+            _found[device, name] = _look(device, name)
+        return _found[device, name]
 
 
-def _look(device: torch.device, fused: bool) -> Backend:
-    if device.type not in DEVICE_TYPES and device.type != "cpu":
+def _look(device: torch.device, name: str) -> Backend:
+    package = name.split("_")[1]
+    if package == "numba" and device.type != "cpu":
         return Backend(None, f"there are no kernels for {device.type}")
-    package = "triton" if device.type in DEVICE_TYPES else "numba"
     if not is_installed(package):
         return Backend(None, f"{package} is not installed")
+    check, instead = _CHECKS[name]
     try:
         with _waiting(device):
-            kernels = importlib.import_module(f"._{package}_fused" if fused else f"._{package}", __package__)
-            (_check_fused if fused else _check)(kernels, device)
+            kernels = importlib.import_module(f".{name}", __package__)
+            check(kernels, device)
     except Exception as error:  # see the note above
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-        instead = "engine='fused' does without them" if fused else "it is coded in plain torch, more slowly"
         warnings.warn(
             f"The kernels of {package} do not work on {device}: {why}; {instead}.", _errors.FewbitWarning, stacklevel=5
         )
@@ -149,6 +156,28 @@ def _check_fused(kernels: ModuleType, device: torch.device) -> None:
         raise ArithmeticError("its codes are not those of plain torch")
     if not torch.equal(grad.cpu(), slope * x):
         raise ArithmeticError("its gradient is not grad times the level")
+
+
+def _check_gated(kernels: ModuleType, device: torch.device) -> None:
+    """Compute products of silu; raises unless they and their gradients are what they should be."""
+    gate, up = torch.linspace(-4, 4, 701, device=device), torch.linspace(3, -2, 701, device=device)
+    none = torch.zeros(1, device=device)
+    s = torch.sigmoid(gate)
+    if not torch.allclose(kernels.forward("silu", none, gate, up), gate * s * up, rtol=0, atol=2e-6):
+        raise ArithmeticError("its product is not that of PyTorch")
+    d_gate, d_up = kernels.backward("silu", none, up, gate, up)
+    expected = up * up * s * (1 + gate * (1 - s)), up * gate * s
+    if not (torch.allclose(d_gate, expected[0], atol=1e-5) and torch.allclose(d_up, expected[1], atol=1e-5)):
+        raise ArithmeticError("its gradients are not those of PyTorch")
+
+
+_CHECKS: dict[str, tuple[Callable[[ModuleType, torch.device], None], str]] = {
+    "_numba": (_check, "it is coded in plain torch, more slowly"),
+    "_triton": (_check, "it is coded in plain torch, more slowly"),
+    "_triton_fused": (_check_fused, "engine='fused' does without them"),
+    "_triton_gated": (_check_gated, "engine='fused' makes products of gated units without them"),
+}
+"""For each module of kernels what asks whether they work, and what is done where they do not."""
 
 
 def encode(x: Tensor, bits: int, coder: Coder) -> Tensor:

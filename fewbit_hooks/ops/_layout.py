@@ -39,6 +39,11 @@ class Layout(NamedTuple):
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
 
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which elements of `dtype` are worked on: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def chunk_size(device: torch.device) -> int:
     """The number of elements to work on at a time."""
     return CHUNK_CUDA if device.type == "cuda" else CHUNK

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ._coders import FEW, Coder, look_up
-from ._layout import Layout, chunk_size, chunks
+from ._layout import Layout, chunk_size, chunks, computed_in
 
 
 def packed_bytes(n: int, bits: int) -> int:
@@ -199,7 +199,7 @@ def not_a_number(x: Tensor, *, or_infinite: bool = False) -> Tensor:
     Returns:
         0-d, float32, or float64 if `x` is.
     """
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = computed_in(x.dtype)
     if or_infinite:
         return x.detach().sum(dtype=wide) * 0
     most = x.detach().amax().to(wide)

@@ -162,11 +162,6 @@ def _backward(grad, packed, levels, out, n, BITS: tl.constexpr, GROUPS: tl.const
 # --- launchers ---
 
 
-def compute(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which inputs of `dtype` are worked on."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def forward(name: str, x: Tensor, bits: int, thresholds: Thresholds, parameters: Tensor) -> tuple[Tensor, Tensor]:
     """The activation of `x`, and the packed codes of `x`.
 
@@ -174,7 +169,7 @@ def forward(name: str, x: Tensor, bits: int, thresholds: Thresholds, parameters:
         name: of a formula in NOTE [ Formulas ].
         x: dense; of a dtype in `_triton.FLOATS`.
         thresholds: 2**bits - 1 of them.
-        parameters: those of the formula, in its order; dtype `compute(x.dtype)`, on the device of `x`.
+        parameters: those of the formula, in its order; dtype `computed_in(x.dtype)`, on the device of `x`.
 
     Returns:
         A tensor in the layout of `x`; what `encode(x, bits, thresholds)` returns.
@@ -197,7 +192,7 @@ def backward(grad: Tensor, packed: Tensor, bits: int, levels: Tensor, layout: La
 
     Args:
         grad: of the layout's shape and dtype; any strides.
-        levels: 2**bits, of dtype `compute(layout.dtype)`.
+        levels: 2**bits, of dtype `computed_in(layout.dtype)`.
     """
     out = layout.empty()
     n = out.numel()

@@ -1,0 +1,119 @@
+"""Triton kernels for the product of a gated unit, `f(gate) * up`, and for both its gradients.
+
+Imported on first use, as `_triton_fused.py`, whose NOTE [ Formulas ] says what f is. Not yet measured on a GPU.
+
+Forward reads two tensors and writes one, where PyTorch's two kernels read three and write two; backward reads three and
+writes two, where theirs read six and write three. What is rounded there between two kernels is rounded here: f(gate)
+before the product, and grad * up before it is multiplied by f'(gate). f' is that of PyTorch's CUDA kernels:
+
+    gelu        1/2 (1 + erf(x / sqrt(2))) + x exp(-x^2 / 2) / sqrt(2 pi)
+    gelu_tanh   with t = tanh(sqrt(2 / pi) (x + 0.044715 x^3)):
+                1/2 (1 + t) + x / 2 (1 - t^2) sqrt(2 / pi) (1 + 3 * 0.044715 x^2)
+    silu        with s = 1 / (1 + exp(-x)): s (1 + x (1 - s))
+    mish        with t = tanh(log1p(exp(x))): t + x s (1 - t^2)
+    elu         x > 0 ? scale : alpha scale input_scale exp(input_scale x)
+    softplus    beta x > threshold ? 1 : exp(beta x) / (exp(beta x) + 1)
+    hardswish   x <= -3 ? 0 : x < 3 ? x / 3 + 1/2 : 1
+    tanh        1 - y^2, of the rounded y = f(x)
+    sigmoid     y (1 - y)
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._layout import Layout, in_memory_order
+from ._triton import GROUPS, elements, grid, on
+from ._triton_fused import _activation, _divide, _erf, _exp, _log1p, _round_to, _tanh
+
+
+@triton.jit
+def _slope(x, y, parameters, NAME: tl.constexpr):
+    """f'(x), `y` being f(x) as it is stored. `x` is float32 or float64, and so are `y` and the parameters."""
+    if NAME == "gelu":
+        slope = 0.5 * (1.0 + _erf(x * 0.7071067811865476)) + x * _exp(x * x * -0.5) * 0.3989422804014327
+    elif NAME == "gelu_tanh":
+        t = _tanh(0.7978845608028654 * (x + 0.044715 * (x * x * x)))
+        slope = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * (0.7978845608028654 * (1.0 + 0.134145 * (x * x)))
+    elif NAME == "silu":
+        s = _divide(tl.zeros_like(x) + 1.0, 1.0 + _exp(-x))
+        slope = s * (1.0 + x * (1.0 - s))
+    elif NAME == "mish":
+        s = _divide(tl.zeros_like(x) + 1.0, 1.0 + _exp(-x))
+        t = _tanh(_log1p(_exp(x)))
+        slope = t + x * s * (1.0 - t * t)
+    elif NAME == "elu":
+        alpha, scale, input_scale = tl.load(parameters), tl.load(parameters + 1), tl.load(parameters + 2)
+        slope = tl.where(x > 0, tl.zeros_like(x) + scale, _exp(x * input_scale) * (alpha * scale * input_scale))
+    elif NAME == "softplus":
+        beta, threshold = tl.load(parameters), tl.load(parameters + 1)
+        z = _exp(x * beta)
+        slope = tl.where(x * beta > threshold, tl.zeros_like(x) + 1.0, _divide(z, z + 1.0))
+    elif NAME == "tanh":
+        slope = 1.0 - y * y
+    elif NAME == "sigmoid":
+        slope = y * (1.0 - y)
+    else:
+        tl.static_assert(NAME == "hardswish")
+        slope = tl.where(x <= -3.0, 0.0, tl.where(x >= 3.0, 1.0, x * 0.3333333333333333 + 0.5))
+    return slope
+
+
+@triton.jit
+def _gated_forward(gate, up, out, parameters, n, NAME: tl.constexpr, GROUPS: tl.constexpr):
+    _, index = elements(GROUPS)
+    x = tl.load(gate + index, mask=index < n, other=0.0).to(parameters.dtype.element_ty)
+    u = tl.load(up + index, mask=index < n, other=0.0).to(parameters.dtype.element_ty)
+    y = _round_to(_activation(x, parameters, NAME), out).to(parameters.dtype.element_ty)
+    tl.store(out + index, _round_to(y * u, out), mask=index < n)
+
+
+@triton.jit
+def _gated_backward(grad, gate, up, d_gate, d_up, parameters, n, NAME: tl.constexpr, GROUPS: tl.constexpr):
+    _, index = elements(GROUPS)
+    g = tl.load(grad + index, mask=index < n, other=0.0).to(parameters.dtype.element_ty)
+    x = tl.load(gate + index, mask=index < n, other=0.0).to(parameters.dtype.element_ty)
+    u = tl.load(up + index, mask=index < n, other=0.0).to(parameters.dtype.element_ty)
+    y = _round_to(_activation(x, parameters, NAME), gate).to(parameters.dtype.element_ty)
+    d_y = _round_to(g * u, gate).to(parameters.dtype.element_ty)
+    tl.store(d_up + index, _round_to(g * y, gate), mask=index < n)
+    tl.store(d_gate + index, _round_to(d_y * _slope(x, y, parameters, NAME), gate), mask=index < n)
+
+
+def forward(name: str, parameters: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """`f(gate) * up`.
+
+    Args:
+        name, parameters: of a formula, as for `_triton_fused.forward`.
+        gate, up: of one shape, dtype and device, dense, with the same strides.
+    """
+    out = Layout.of(gate).empty()
+    n = out.numel()
+    if n:
+        with on(out.device):
+            _gated_forward[grid(n)](*_flat(gate, up, out), parameters, n, NAME=name, GROUPS=GROUPS)
+    return out
+
+
+def backward(name: str, parameters: Tensor, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `forward` for the gate and for `up`.
+
+    Args:
+        grad: of the gate's shape and dtype; any strides.
+    """
+    layout = Layout.of(gate)
+    d_gate, d_up = layout.empty(), layout.empty()
+    n = gate.numel()
+    if n:
+        if grad.stride() != layout.stride:
+            grad = layout.empty().copy_(grad)
+        with on(gate.device):
+            tensors = _flat(grad, gate, up, d_gate, d_up)
+            _gated_backward[grid(n)](*tensors, parameters, n, NAME=name, GROUPS=GROUPS)
+    return d_gate, d_up
+
+
+def _flat(*tensors: Tensor) -> list[Tensor]:
+    return [in_memory_order(t.detach()) for t in tensors]
