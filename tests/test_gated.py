@@ -93,6 +93,14 @@ def test_gradients_are_stocks(name: str, dtype: torch.dtype) -> None:
         assert ((d.double() - stock).abs() <= units * torch.finfo(dtype).eps * scale).all()
 
 
+def test_sixteen_bit_gradients_are_rounded_where_stocks_are() -> None:
+    gate, up, grad = numbers(torch.bfloat16)
+    d_gate, d_up = _triton_gated.backward(*formula("silu", torch.bfloat16), grad, gate, up)
+    y, d_y = F.silu(gate), grad * up  # each rounded
+    assert (d_gate == torch.ops.aten.silu_backward(d_y, gate)).double().mean() > 0.99
+    assert (d_up == grad * y).double().mean() > 0.99
+
+
 @pytest.mark.parametrize("name", FORMULAS)
 def test_nan_and_infinities_give_the_gradients_that_they_give_in_stock(name: str) -> None:
     gate = torch.tensor([float("nan"), float("inf"), -float("inf"), 1.0] * 8, dtype=torch.float64)
@@ -146,6 +154,11 @@ class Another(nn.Module):
         return x
 
 
+class OfItself(nn.Module):
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(self))
+
+
 class Defaults(nn.Module):
     def forward(self, x, y=None):
         return self.down(self.act(self.gate(x)) * self.up(y))
@@ -154,7 +167,7 @@ class Defaults(nn.Module):
 def test_the_source_says_what_is_a_gated_unit() -> None:
     assert _gated.unit_of(LlamaMLP.forward) == ("gate_proj", "act_fn", "up_proj", "down_proj")
     assert _gated.unit_of(Renamed.forward) == ("w1", "f", "w3", "w2")
-    for cls in (Scaled, Other, Another, Defaults, nn.Linear, nn.Sequential, nn.TransformerEncoderLayer):
+    for cls in (Scaled, Other, Another, OfItself, Defaults, nn.Linear, nn.Sequential, nn.TransformerEncoderLayer):
         assert _gated.unit_of(cls.forward) is None
     assert _gated.unit_of(len) is None
     scope: dict[str, Any] = {}
@@ -351,6 +364,18 @@ def test_all_else_runs_as_without(name: str) -> None:
     y.sum().backward()
     if name == "the user's own":
         assert module.act_fn.calls == 2
+
+
+def test_a_hook_on_all_modules_sees_the_activation() -> None:
+    seen: list[str] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, i, y: seen.append(type(m).__name__))
+    try:
+        with scope():
+            y = mlp()(inputs())
+    finally:
+        handle.remove()
+    assert not is_gated(y)
+    assert seen == ["Linear", "SiLUActivation" if "SiLUActivation" in seen else "SiLU", "Linear", "Linear", "LlamaMLP"]
 
 
 @pytest.mark.filterwarnings("ignore:fewbit_hooks.scope compressed nothing")
