@@ -9,8 +9,8 @@ each code. What is done with one call is decided in `_treatment.py`, of what is 
 dropout and its like save, a mask, is packed to one bit an element as it is (`_masks.py`); modules that are written in
 primitives are treated as a whole (`_composites.py`); under `recompute=True` what is cheap is computed again
 (`_recompute.py`, `_recipes.py`); under `engine="fused"` codes are made by the kernel that computes the activation
-(`_fused.py`); and a function that is compiled has codes in its graph (`_compiled.py`). The ledger
-(`_ledger.py`) keeps the books.
+(`_fused.py`), and gated units are one kernel (`_gated.py`); and a function that is compiled has codes in its graph
+(`_compiled.py`). The ledger (`_ledger.py`) keeps the books.
 """
 
 from __future__ import annotations

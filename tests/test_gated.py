@@ -440,6 +440,26 @@ def test_modules_are_copied_and_pickled_and_know_nothing_outside_of_a_scope() ->
             assert is_gated(other(x))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_unit_is_scripted_as_before() -> None:
+    module, x = mlp(), inputs()
+    with scope():
+        module(x)
+    assert torch.equal(torch.jit.script(module)(x), module(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_in_a_compiled_graph_it_is_left_to_the_compiler() -> None:
+    torch._dynamo.reset()
+    module, x = mlp(), inputs()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with scope():
+        y = compiled(x)
+    assert not is_gated(y)
+    torch.testing.assert_close(y, module(x), rtol=2e-5, atol=2e-6)
+    y.sum().backward()
+
+
 def test_a_model_trains_and_holds_less() -> None:
     config = hf.Qwen2Config(
         vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
