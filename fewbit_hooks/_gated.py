@@ -54,7 +54,7 @@ def unit_of(forward: Callable[..., Any]) -> Unit | None:
     """The names in a forward that is a gated unit and nothing else; None where it is not, or its source is not there.
 
     >>> from transformers.models.llama.modeling_llama import LlamaMLP
-    >>> unit_of(LlamaMLP.forward)
+    >>> unit_of(inspect.unwrap(LlamaMLP.forward))  # as it is in the source: it may have been replaced by now
     Unit(gate='gate_proj', act='act_fn', up='up_proj', down='down_proj')
     """
     code = getattr(forward, "__code__", None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import pickle
 from contextlib import nullcontext
 from typing import Any
@@ -165,7 +166,7 @@ class Defaults(nn.Module):
 
 
 def test_the_source_says_what_is_a_gated_unit() -> None:
-    assert _gated.unit_of(LlamaMLP.forward) == ("gate_proj", "act_fn", "up_proj", "down_proj")
+    assert _gated.unit_of(inspect.unwrap(LlamaMLP.forward)) == ("gate_proj", "act_fn", "up_proj", "down_proj")
     assert _gated.unit_of(Renamed.forward) == ("w1", "f", "w3", "w2")
     for cls in (Scaled, Other, Another, OfItself, Defaults, nn.Linear, nn.Sequential, nn.TransformerEncoderLayer):
         assert _gated.unit_of(cls.forward) is None
