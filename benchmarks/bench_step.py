@@ -339,7 +339,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.rows:
         rows = {name: way for name, way in rows.items() if name.startswith("stock") or arguments.rows in name}
 
-    known = about(("transformers", "peft"))
+    known = about(("numba", "transformers", "peft"))
     print(f"machine  {known['machine']}\nversions {known['versions']}")
     print("time, cpu and held are ratios to stock; gradients: relative distance from stock's\n")
     print(
