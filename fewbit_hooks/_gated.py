@@ -36,7 +36,6 @@ from ._calls import RECOGNISED, Call
 from ._composites import in_globals_of
 from ._imported import Imported
 from ._ledger import RECOMPUTED, Step
-from ._mask_calls import MaskCall
 from ._plan import Plan
 from ._policy import Keep
 
@@ -193,7 +192,7 @@ def _seen_in(act: Any) -> tuple[Call, Any, tuple[Any, ...], dict[str, Any]] | No
         return None
     func, args, kwargs, result = watching.seen[0]
     call = RECOGNISED.get(func)
-    if result is not y or call is None or call.activation is None or isinstance(call, MaskCall):
+    if result is not y or call is None or call.activation is None:  # the latter of a mask's calls
         return None
     return call, func, args, kwargs
 

@@ -16,6 +16,10 @@ CHUNK = 1 << 20
 CHUNK_CUDA = 1 << 22
 
 
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By size in bytes: as what elements are looked at that are compared, or moved, bit for bit."""
+
+
 class Layout(NamedTuple):
     """Shape, strides, dtype and device of a *dense* tensor: one that fills its memory without gaps or overlaps.
 
@@ -33,6 +37,10 @@ class Layout(NamedTuple):
         """The strides of `x` itself where it is dense, else those that `torch.empty_like` gives it."""
         like = x if x.is_contiguous() else torch.empty_like(x, device="meta")
         return cls(tuple(x.shape), like.stride(), x.dtype, x.device)
+
+    def like(self, x: Tensor) -> Tensor:
+        """`x` itself where it has these strides, else a copy that has."""
+        return x if x.stride() == self.stride else self.empty().copy_(x)
 
     def empty(self) -> Tensor:
         """A tensor of this layout, not initialised."""

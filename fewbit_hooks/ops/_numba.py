@@ -35,7 +35,7 @@ from torch import Tensor
 from . import _beside, _torch, _two_values
 from ._beside import in_order_of
 from ._coders import Coder, Lookup, Thresholds, sixteen_bits
-from ._layout import Layout, chunks
+from ._layout import INTEGERS, Layout, chunks
 from ._torch import packed_bytes
 from ._two_values import as_integers
 
@@ -43,8 +43,6 @@ if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
 T = TypeVar("T")
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def compiled(loop: Any) -> Any:
@@ -194,7 +192,7 @@ def decode(packed: Tensor, rows: Tensor, bits: int, layout: Layout) -> Tensor:
     if bits in (2, 4, 8) or n % 8:
         return _torch.decode(packed, rows, bits, layout)
     out = layout.empty()
-    as_bits = _INTEGERS[out.element_size()]
+    as_bits = INTEGERS[out.element_size()]
     small = rows.element_size() < in_row * out.element_size()  # rows of int8, to be converted
     # the first value of row c is that of code c, the others those of code 0
     values = rows.view(torch.int8 if small else as_bits)[: in_row << bits : in_row]
@@ -216,7 +214,7 @@ def decode_beside(output: Tensor, packed: Tensor | None, table: Tensor, layout: 
     if output.numel() % 8:
         return _beside.decode_beside(output, packed, table, layout)
     out = layout.empty()
-    as_bits = _INTEGERS[out.element_size()]
+    as_bits = INTEGERS[out.element_size()]
     whole, values = out.as_strided((out.numel(),), (1,)).view(as_bits).numpy(), table.view(as_bits).numpy()
     for begin, chunk in chunks(in_order_of(layout, output.detach())):
         half, flat = sixteen_bits(chunk).numpy(), whole[begin : begin + chunk.numel()]

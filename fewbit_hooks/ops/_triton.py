@@ -39,15 +39,13 @@ from torch import Tensor
 
 from ._beside import in_order_of
 from ._coders import Coder, Lookup, Thresholds
-from ._layout import Layout, chunks, in_memory_order, is_dense
+from ._layout import INTEGERS, Layout, chunks, in_memory_order, is_dense
 from ._torch import packed_bytes
 from ._two_values import encode_two_values as encode_two_values  # no kernel would spare the host the waiting
 from ._two_values import not_zero
 
 GROUPS = 256
 """Groups of 8 elements a program: an estimate (16 elements a thread at 4 warps), not yet measured on a GPU."""
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
@@ -196,10 +194,10 @@ def decode(packed: Tensor, rows: Tensor, bits: int, layout: Layout) -> Tensor:
     if n:
         in_row = (rows.numel().bit_length() - 1) // bits
         small = rows.element_size() < in_row * out.element_size()  # rows of int8, to be converted
-        values = rows.view(torch.int8 if small else _INTEGERS[out.element_size()])
+        values = rows.view(torch.int8 if small else INTEGERS[out.element_size()])
         flat = out.as_strided((n,), (1,))
         if not small or out.dtype == torch.bool:
-            flat = flat.view(_INTEGERS[out.element_size()])
+            flat = flat.view(INTEGERS[out.element_size()])
         with on(out.device):  # the first value of row c is that of code c, the others those of code 0
             _decode[grid(n)](packed, values, flat, n, in_row, BITS=bits, GROUPS=GROUPS)
     return out
@@ -210,7 +208,7 @@ def decode_beside(output: Tensor, packed: Tensor | None, table: Tensor, layout: 
     out = layout.empty()
     n = out.numel()
     if n:
-        bits_of = _INTEGERS[out.element_size()]
+        bits_of = INTEGERS[out.element_size()]
         flat, table = out.as_strided((n,), (1,)).view(bits_of), table.view(bits_of)
         with on(out.device):
             for start, piece in _pieces(in_order_of(layout, output.detach()), whole=True):
@@ -245,5 +243,5 @@ def _encode_piece(piece: Tensor, bits: int, coder: Coder, packed: Tensor) -> Non
     elif isinstance(coder, Lookup):
         _encode_lookup[grid(n)](piece.view(torch.int16), packed, coder.table, n, n_bytes, BITS=bits, GROUPS=GROUPS)
     else:
-        bits_of = piece.view(_INTEGERS[piece.element_size()])
+        bits_of = piece.view(INTEGERS[piece.element_size()])
         _encode_not_zero[grid(n)](bits_of, packed, n, n_bytes, GROUPS=GROUPS)

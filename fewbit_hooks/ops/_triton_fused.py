@@ -45,29 +45,29 @@ INTERPRETED = not isinstance(code_of, triton.runtime.JITFunction)
 if INTERPRETED:
 
     @triton.jit
-    def _exp(x):
+    def exp(x):
         return tl.exp(x)
 
     @triton.jit
-    def _expm1(x):
+    def expm1(x):
         return (tl.exp(x.to(tl.float64)) - 1.0).to(x.dtype)
 
     @triton.jit
-    def _log1p(x):
+    def log1p(x):
         return tl.log(1.0 + x.to(tl.float64)).to(x.dtype)
 
     @triton.jit
-    def _tanh(x):
+    def tanh(x):
         a = tl.exp(-2.0 * tl.abs(x.to(tl.float64)))
         y = (1.0 - a) / (1.0 + a)
         return tl.where(x < 0, -y, y).to(x.dtype)
 
     @triton.jit
-    def _erf(x):
+    def erf(x):
         return tl.erf(x)
 
     @triton.jit
-    def _round_to(x, like):
+    def round_to(x, like):
         if like.dtype.element_ty == tl.bfloat16:  # the interpreter would cut the last 16 bits off
             bits = x.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
             nearest = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits) >> 16
@@ -78,27 +78,27 @@ else:
     from triton.language.extra import libdevice
 
     @triton.jit
-    def _exp(x):
+    def exp(x):
         return libdevice.exp(x)  # tl.exp is the fast one, of fewer digits
 
     @triton.jit
-    def _expm1(x):
+    def expm1(x):
         return libdevice.expm1(x)
 
     @triton.jit
-    def _log1p(x):
+    def log1p(x):
         return libdevice.log1p(x)
 
     @triton.jit
-    def _tanh(x):
+    def tanh(x):
         return libdevice.tanh(x)
 
     @triton.jit
-    def _erf(x):
+    def erf(x):
         return libdevice.erf(x)
 
     @triton.jit
-    def _round_to(x, like):
+    def round_to(x, like):
         return x.to(like.dtype.element_ty)  # to the nearest, ties to even
 
 
@@ -106,32 +106,32 @@ else:
 
 
 @triton.jit
-def _divide(a, b):
+def divide(a, b):
     """Rounded correctly: the plain division of float32 is Triton's approximate one."""
     return a / b if b.dtype == tl.float64 else tl.div_rn(a, b)
 
 
 @triton.jit
-def _activation(x, parameters, NAME: tl.constexpr):
+def activation(x, parameters, NAME: tl.constexpr):
     """See NOTE [ Formulas ]. `x` is float32 or float64, and so are the parameters."""
     if NAME == "gelu":
-        y = x * 0.5 * (1.0 + _erf(x * 0.7071067811865476))
+        y = x * 0.5 * (1.0 + erf(x * 0.7071067811865476))
     elif NAME == "gelu_tanh":
-        y = 0.5 * x * (1.0 + _tanh(0.7978845608028654 * (x + 0.044715 * (x * x * x))))
+        y = 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * (x * x * x))))
     elif NAME == "silu":
-        y = _divide(x, 1.0 + _exp(-x))
+        y = divide(x, 1.0 + exp(-x))
     elif NAME == "mish":
-        y = x * _tanh(_log1p(_exp(x)))
+        y = x * tanh(log1p(exp(x)))
     elif NAME == "elu":
         alpha, scale, input_scale = tl.load(parameters), tl.load(parameters + 1), tl.load(parameters + 2)
-        y = tl.where(x > 0, x * scale, _expm1(x * input_scale) * (alpha * scale))
+        y = tl.where(x > 0, x * scale, expm1(x * input_scale) * (alpha * scale))
     elif NAME == "softplus":
         beta, threshold = tl.load(parameters), tl.load(parameters + 1)
-        y = tl.where(x * beta > threshold, x, _divide(_log1p(_exp(x * beta)), tl.zeros_like(x) + beta))
+        y = tl.where(x * beta > threshold, x, divide(log1p(exp(x * beta)), tl.zeros_like(x) + beta))
     elif NAME == "tanh":
-        y = _tanh(x)
+        y = tanh(x)
     elif NAME == "sigmoid":
-        y = _divide(tl.zeros_like(x) + 1.0, 1.0 + _exp(-x))
+        y = divide(tl.zeros_like(x) + 1.0, 1.0 + exp(-x))
     else:
         tl.static_assert(NAME == "hardswish")
         # comparisons, and not maximum and minimum, which differ at NaN from one version of Triton to the next
@@ -147,7 +147,7 @@ def _forward(
 ):  # fmt: skip
     group, index = elements(GROUPS)
     v = tl.load(x + index, mask=index < n, other=0.0).to(boundaries.dtype.element_ty)
-    tl.store(y + index, _round_to(_activation(v, parameters, NAME), y), mask=index < n)
+    tl.store(y + index, round_to(activation(v, parameters, NAME), y), mask=index < n)
     store_packed(packed, group, code_of(v, boundaries, BITS, FOLDED), index, n, n_bytes, BITS)
 
 
@@ -156,7 +156,7 @@ def _backward(grad, packed, levels, out, n, BITS: tl.constexpr, GROUPS: tl.const
     _, index = elements(GROUPS)
     g = tl.load(grad + index, mask=index < n, other=0.0).to(levels.dtype.element_ty)
     level = tl.load(levels + load_code(packed, index, n, BITS))
-    tl.store(out + index, _round_to(g * level, out), mask=index < n)
+    tl.store(out + index, round_to(g * level, out), mask=index < n)
 
 
 # --- launchers ---
@@ -197,10 +197,9 @@ def backward(grad: Tensor, packed: Tensor, bits: int, levels: Tensor, layout: La
     out = layout.empty()
     n = out.numel()
     if n:
-        if grad.stride() != layout.stride:  # in the order of the codes
-            grad = layout.empty().copy_(grad)
+        grad = layout.like(grad.detach())  # in the order of the codes
         with on(out.device):
             _backward[grid(n)](
-                in_memory_order(grad.detach()), packed, levels, out.as_strided((n,), (1,)), n, BITS=bits, GROUPS=GROUPS
+                in_memory_order(grad), packed, levels, out.as_strided((n,), (1,)), n, BITS=bits, GROUPS=GROUPS
             )
     return out

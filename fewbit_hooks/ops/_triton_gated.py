@@ -26,31 +26,31 @@ from torch import Tensor
 
 from ._layout import Layout, in_memory_order
 from ._triton import GROUPS, elements, grid, on
-from ._triton_fused import _activation, _divide, _erf, _exp, _log1p, _round_to, _tanh
+from ._triton_fused import activation, divide, erf, exp, log1p, round_to, tanh
 
 
 @triton.jit
 def _slope(x, y, parameters, NAME: tl.constexpr):
     """f'(x), `y` being f(x) as it is stored. `x` is float32 or float64, and so are `y` and the parameters."""
     if NAME == "gelu":
-        slope = 0.5 * (1.0 + _erf(x * 0.7071067811865476)) + x * _exp(x * x * -0.5) * 0.3989422804014327
+        slope = 0.5 * (1.0 + erf(x * 0.7071067811865476)) + x * exp(x * x * -0.5) * 0.3989422804014327
     elif NAME == "gelu_tanh":
-        t = _tanh(0.7978845608028654 * (x + 0.044715 * (x * x * x)))
+        t = tanh(0.7978845608028654 * (x + 0.044715 * (x * x * x)))
         slope = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * (0.7978845608028654 * (1.0 + 0.134145 * (x * x)))
     elif NAME == "silu":
-        s = _divide(tl.zeros_like(x) + 1.0, 1.0 + _exp(-x))
+        s = divide(tl.zeros_like(x) + 1.0, 1.0 + exp(-x))
         slope = s * (1.0 + x * (1.0 - s))
     elif NAME == "mish":
-        s = _divide(tl.zeros_like(x) + 1.0, 1.0 + _exp(-x))
-        t = _tanh(_log1p(_exp(x)))
+        s = divide(tl.zeros_like(x) + 1.0, 1.0 + exp(-x))
+        t = tanh(log1p(exp(x)))
         slope = t + x * s * (1.0 - t * t)
     elif NAME == "elu":
         alpha, scale, input_scale = tl.load(parameters), tl.load(parameters + 1), tl.load(parameters + 2)
-        slope = tl.where(x > 0, tl.zeros_like(x) + scale, _exp(x * input_scale) * (alpha * scale * input_scale))
+        slope = tl.where(x > 0, tl.zeros_like(x) + scale, exp(x * input_scale) * (alpha * scale * input_scale))
     elif NAME == "softplus":
         beta, threshold = tl.load(parameters), tl.load(parameters + 1)
-        z = _exp(x * beta)
-        slope = tl.where(x * beta > threshold, tl.zeros_like(x) + 1.0, _divide(z, z + 1.0))
+        z = exp(x * beta)
+        slope = tl.where(x * beta > threshold, tl.zeros_like(x) + 1.0, divide(z, z + 1.0))
     elif NAME == "tanh":
         slope = 1.0 - y * y
     elif NAME == "sigmoid":
@@ -66,8 +66,8 @@ def _gated_forward(gate, up, out, parameters, n, NAME: tl.constexpr, GROUPS: tl.
     _, index = elements(GROUPS)
     x = tl.load(gate + index, mask=index < n, other=0.0).to(parameters.dtype.element_ty)
     u = tl.load(up + index, mask=index < n, other=0.0).to(parameters.dtype.element_ty)
-    y = _round_to(_activation(x, parameters, NAME), out).to(parameters.dtype.element_ty)
-    tl.store(out + index, _round_to(y * u, out), mask=index < n)
+    y = round_to(activation(x, parameters, NAME), out).to(parameters.dtype.element_ty)
+    tl.store(out + index, round_to(y * u, out), mask=index < n)
 
 
 @triton.jit
@@ -76,10 +76,10 @@ def _gated_backward(grad, gate, up, d_gate, d_up, parameters, n, NAME: tl.conste
     g = tl.load(grad + index, mask=index < n, other=0.0).to(parameters.dtype.element_ty)
     x = tl.load(gate + index, mask=index < n, other=0.0).to(parameters.dtype.element_ty)
     u = tl.load(up + index, mask=index < n, other=0.0).to(parameters.dtype.element_ty)
-    y = _round_to(_activation(x, parameters, NAME), gate).to(parameters.dtype.element_ty)
-    d_y = _round_to(g * u, gate).to(parameters.dtype.element_ty)
-    tl.store(d_up + index, _round_to(g * y, gate), mask=index < n)
-    tl.store(d_gate + index, _round_to(d_y * _slope(x, y, parameters, NAME), gate), mask=index < n)
+    y = round_to(activation(x, parameters, NAME), gate).to(parameters.dtype.element_ty)
+    d_y = round_to(g * u, gate).to(parameters.dtype.element_ty)
+    tl.store(d_up + index, round_to(g * y, gate), mask=index < n)
+    tl.store(d_gate + index, round_to(d_y * _slope(x, y, parameters, NAME), gate), mask=index < n)
 
 
 def forward(name: str, parameters: Tensor, gate: Tensor, up: Tensor) -> Tensor:
@@ -107,10 +107,8 @@ def backward(name: str, parameters: Tensor, grad: Tensor, gate: Tensor, up: Tens
     d_gate, d_up = layout.empty(), layout.empty()
     n = gate.numel()
     if n:
-        if grad.stride() != layout.stride:
-            grad = layout.empty().copy_(grad)
         with on(gate.device):
-            tensors = _flat(grad, gate, up, d_gate, d_up)
+            tensors = _flat(layout.like(grad.detach()), gate, up, d_gate, d_up)
             _gated_backward[grid(n)](*tensors, parameters, n, NAME=name, GROUPS=GROUPS)
     return d_gate, d_up
 
