@@ -5,6 +5,7 @@ Triton's are run by Triton's interpreter on the CPU, or on a CUDA device where t
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import subprocess
@@ -278,70 +279,79 @@ def test_threads_leave_no_seam_in_masks_and_beside_an_output() -> None:
 
 
 @pytest.fixture
-def not_yet_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if nothing had been coded on the CPU yet."""
-    monkeypatch.setattr(_dispatch, "DEVICE_TYPES", frozenset({"cuda"}))
+def not_yet_asked(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels are for their device, as Triton's are for CUDA, and nothing has been coded there yet."""
+    types = {"cuda", kernels.device.type} if kernels.package == "triton" else {"cuda"}
+    monkeypatch.setattr(_dispatch, "DEVICE_TYPES", frozenset(types))
     monkeypatch.setattr(_dispatch, "_found", {})
 
 
 @pytest.mark.usefixtures("not_yet_asked")
-def test_numba_codes_on_the_cpu_and_a_step_is_what_it_is_in_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    numba = Kernels("numba").module
-    layers = [torch.nn.Linear(41, 64), torch.nn.GELU(), torch.nn.Dropout(0.5), torch.nn.Linear(64, 64), torch.nn.SiLU()]
-    model, x = torch.nn.Sequential(*layers), torch.randn(48, 41)
-    scope = fewbit.scope(min_bytes=0)
+def test_where_it_works_the_kernels_are_used_and_a_step_is_what_it_was(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = [torch.nn.Linear(41, 64), torch.nn.GELU(), torch.nn.Dropout(0.5), torch.nn.Linear(64, 64), torch.nn.ReLU()]
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(64, 64), torch.nn.SiLU()).to(kernels.device)
+    x = torch.randn(48, 41, device=kernels.device)
 
     def gradients() -> list[Tensor]:
-        torch.manual_seed(0)
-        with scope:
-            loss = model(x).square().mean()
-        return list(torch.autograd.grad(loss, model.parameters()))
+        """Of three steps: from codes, then beside the outputs that were learned to be kept."""
+        scope, found = fewbit.scope(min_bytes=0), []
+        for _ in range(3):
+            torch.manual_seed(0)
+            with scope:
+                loss = model(x).square().mean()
+                gc.collect()  # Triton's interpreter leaves a cycle that holds the kernel's arguments
+            found += torch.autograd.grad(loss, model.parameters())
+        return found
 
-    for _ in range(3):  # from codes, then beside the output of what was learned to be kept
-        monkeypatch.setattr(_dispatch, "_found", {})
-        with_numba = gradients()
-        assert str(ops.backend(torch.device("cpu"))) == "numba"
-        monkeypatch.setitem(
-            _dispatch._found, (torch.device("cpu"), "_numba"), _dispatch.Backend(None, "as a test has it")
-        )
-        monkeypatch.setattr(numba, "encode", None)
-        assert all(map(torch.equal, with_numba, gradients()))
-        monkeypatch.undo()
-        monkeypatch.setattr(_dispatch, "DEVICE_TYPES", frozenset({"cuda"}))
-
-
-def _wrong(*given: object) -> Tensor:
-    return torch.zeros(263, dtype=torch.uint8)
-
-
-def _raises(*given: object) -> Tensor:
-    raise RuntimeError("no compiler\nand much more")
+    coded = []
+    encode = kernels.module.encode
+    monkeypatch.setattr(kernels.module, "encode", lambda x, *rest: coded.append(x.dtype) or encode(x, *rest))
+    with_kernels = gradients()
+    assert coded
+    assert str(ops.backend(kernels.device)) == kernels.package
+    plain = _dispatch.Backend(None, "as a test has it")
+    monkeypatch.setitem(_dispatch._found, (kernels.device, f"_{kernels.package}"), plain)
+    coded.clear()
+    assert all(map(torch.equal, with_kernels, gradients()))
+    assert not coded
 
 
 @pytest.mark.usefixtures("not_yet_asked")
 @pytest.mark.parametrize(
-    ("broken", "why"),
-    [(_wrong, "ArithmeticError: its codes are not those of plain torch"), (_raises, "RuntimeError: no compiler")],
+    "why", ["ArithmeticError: its codes are not those of plain torch", "RuntimeError: no compiler"]
 )
-def test_where_numba_does_not_work_plain_torch_serves_and_a_warning_says_why_once(broken, why, monkeypatch) -> None:
-    monkeypatch.setattr(Kernels("numba").module, "encode", broken)
-    x, coder = torch.randn(104), ops.Thresholds([0.0])
+def test_where_it_does_not_work_plain_torch_serves_and_a_warning_says_why_once(
+    kernels: Kernels, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*given: object) -> Tensor:
+        if why.startswith("RuntimeError"):
+            raise RuntimeError("no compiler\nand much more")
+        return torch.zeros(264, dtype=torch.uint8, device=kernels.device)
+
+    monkeypatch.setattr(kernels.module, "encode", broken)
+    x, coder = torch.randn(104, device=kernels.device), ops.Thresholds([0.0])
     with pytest.warns(fewbit.FewbitWarning) as warned:
         packed = ops.encode(x, 1, coder)
-    said = f"The kernels of numba do not work on cpu: {why}; it is coded in plain torch, more slowly."
-    assert [str(w.message) for w in warned] == [said]
+    assert [str(w.message) for w in warned] == [
+        f"The kernels of {kernels.package} do not work on {kernels.device}: {why}; it is coded in plain torch, more "
+        "slowly."
+    ]
     assert torch.equal(packed, _torch.encode(x, 1, coder))
-    assert str(ops.backend(x.device)) == f"plain torch: {why}"
+    assert str(ops.backend(kernels.device)) == f"plain torch: {why}"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ops.encode(x, 1, coder)
 
 
 @pytest.mark.usefixtures("not_yet_asked")
-def test_where_numba_is_not_installed_nothing_is_said_but_by_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_it_is_not_installed_plain_torch_serves_and_the_doctor_says_so(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_dispatch, "is_installed", lambda package: False)
-    assert ops.encode(torch.ones(8), 1, ops.Thresholds([0.0])).tolist() == [255]
-    assert str(ops.backend(torch.device("cpu"))) == "plain torch: numba is not installed"
+    assert str(ops.backend(kernels.device)) == f"plain torch: {kernels.package} is not installed"
+    assert ops.encode(torch.ones(8, device=kernels.device), 1, ops.Thresholds([0.0])).tolist() == [255]
 
 
 FORK = """

@@ -1,117 +1,25 @@
-"""Triton's kernels against plain torch, byte for byte.
-
-They are run by Triton's interpreter on the CPU, or on a CUDA device where there is one. That they compile for a GPU is
-tested without one, too.
-"""
+"""How Triton's kernels are run, and that they compile for a GPU. What they compute is tested in `test_kernels.py`."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
-from torch import Tensor
-
-import fewbit_hooks as fewbit
-from fewbit_hooks import ops
-from fewbit_hooks.ops import _dispatch, _torch
 
 _triton = pytest.importorskip("fewbit_hooks.ops._triton", reason="triton is not installed")
 
 # the interpreter computes in numpy, which warns where a GPU does not
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 DEVICE = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-SIZES = [0, 1, 7, 8, 9, 1023, 4097]
-
-
-def there(x: Tensor) -> Tensor:
-    """`x` on the device of the kernels, with the strides that it has."""
-    if x.device == DEVICE:
-        return x
-    base = x if x._base is None else x._base
-    return base.to(DEVICE).as_strided(x.shape, x.stride(), x.storage_offset())
-
-
-def equal_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(
-        a.cpu().reshape(-1).view(torch.uint8), b.cpu().reshape(-1).view(torch.uint8)
-    )
 
 
 def test_the_kernels_are_run_by_the_interpreter_exactly_where_there_is_no_gpu() -> None:
     import triton
 
     assert isinstance(_triton._pack, triton.runtime.JITFunction) == (DEVICE.type == "cuda")
-
-
-@pytest.fixture
-def dispatched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CUDA device that nothing was coded on yet."""
-    monkeypatch.setattr(_dispatch, "DEVICE_TYPES", frozenset({"cuda", "cpu"}))
-    monkeypatch.setattr(_dispatch, "_found", {})
-
-
-@pytest.mark.usefixtures("dispatched")
-def test_where_it_works_the_kernels_are_used_and_a_step_is_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(50, 41, device=DEVICE)
-    layers = [torch.nn.Linear(41, 64), torch.nn.GELU(), torch.nn.Dropout(0.5), torch.nn.Linear(64, 64), torch.nn.ReLU()]
-    model = torch.nn.Sequential(*layers).to(DEVICE)
-
-    def gradient() -> Tensor:
-        torch.manual_seed(0)
-        model.zero_grad()
-        with fewbit.scope(min_bytes=0):
-            loss = model(x).square().mean()
-        loss.backward()
-        return model[0].weight.grad.clone()
-
-    launched = []
-    encode = _triton.encode
-    monkeypatch.setattr(_triton, "encode", lambda x, *rest: launched.append(x.dtype) or encode(x, *rest))
-    with_kernels = gradient()
-    assert launched
-    monkeypatch.setattr(_dispatch, "DEVICE_TYPES", frozenset())
-    assert torch.equal(with_kernels, gradient())
-
-
-def _wrong(*given: object) -> Tensor:
-    return torch.zeros(264, dtype=torch.uint8, device=DEVICE)
-
-
-def _raises(*given: object) -> Tensor:
-    raise RuntimeError("no C compiler\nand much more")
-
-
-@pytest.mark.usefixtures("dispatched")
-@pytest.mark.parametrize(
-    ("broken", "why"),
-    [(_wrong, "ArithmeticError: its codes are not those of plain torch"), (_raises, "RuntimeError: no C compiler")],
-)
-def test_where_it_does_not_work_plain_torch_serves_and_a_warning_says_why_once(
-    broken, why: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_triton, "encode", broken)
-    x, coder = torch.randn(100, device=DEVICE), ops.Thresholds([0.0])
-    with pytest.warns(fewbit.FewbitWarning) as warned:
-        packed = ops.encode(x, 1, coder)
-    assert [str(w.message) for w in warned] == [
-        f"The kernels of triton do not work on {DEVICE}: {why}; it is coded in plain torch, more slowly."
-    ]
-    assert torch.equal(packed, _torch.encode(x, 1, coder))
-    assert str(ops.backend(DEVICE)) == f"plain torch: {why}"
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ops.encode(x, 1, coder)
-
-
-@pytest.mark.usefixtures("dispatched")
-def test_where_triton_is_not_installed_plain_torch_serves_and_the_doctor_says_so(monkeypatch) -> None:
-    monkeypatch.setattr(_dispatch, "is_installed", lambda package: False)
-    assert str(ops.backend(DEVICE)) == "plain torch: triton is not installed"
-    assert ops.encode(torch.ones(8, device=DEVICE), 1, ops.Thresholds([0.0])).tolist() == [255]
 
 
 COMPILE = """
