@@ -4,7 +4,7 @@
 
 Models come from their configurations, with random weights, in training mode and float32. A step is forward and
 backward. The scope is used again and again, as in a training loop, and has learned before anything is measured. The
-ways to run a step share one process and take turns, in an order that rotates; each step is compared with the stock step
+ways to run a step share one process and take turns, in a random order; each step is compared with the stock step
 of its own round. `time` is the median of these ratios, with the quartiles: `stock again` says what 1.00 looks like on
 this machine. `cpu` is the same for processor time, which other processes disturb less. `held` counts the storages that
 are alive between forward and backward, beside parameters, buffers and the batch; in a compiled graph, those that it
@@ -21,6 +21,7 @@ import csv
 import functools
 import gc
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -301,13 +302,13 @@ def measure(case: Case, rounds: int, rows: dict[str, Way], device: str) -> dict[
         for name, runner in runners.items()
     }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
-    order = list(runners)
+    order, chance = list(runners), random.Random(0)
     gc.collect()
     gc.disable()  # its pauses hit a row at random
     for _ in range(rounds):
+        chance.shuffle(order)  # no row has always the same before it, whose caches it finds
         for name in order:
             times[name].append(runners[name].seconds())
-        order.append(order.pop(0))
     gc.enable()
     for name, row in figures.items():
         pairs = list(zip(times[name], times["stock"], strict=True))

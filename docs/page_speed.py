@@ -51,8 +51,7 @@ LESSONS = """\
 - **Cheap models pay most**: a coded call costs some tenths of a millisecond of Python, forward and backward.
   MobileNetV2, which makes 35 of them in a step of 0.2 s at 160 x 160 pixels, takes about a tenth longer on the CPU; at
   its own size, 224 x 224, nothing that can be told from noise. The launch-bound model makes six in 20 ms, and pays a
-  fifth: in this run *stock* was slow by a tenth there, and *stock again* is what the others are to be compared with.
-  `min_bytes` leaves them out.
+  quarter. `min_bytes` leaves them out.
 - **Dropout's masks** are floats on the CPU, and the host looks at each element: 3 to 4 % of RoBERTa's step.
 
 ## The paper's setting
