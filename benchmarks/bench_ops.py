@@ -115,9 +115,11 @@ def calls(op: str, bits: int, x: Tensor, grad: Tensor) -> Iterator[Way]:
         return  # a scope learns of it within a model
     hooks = Call(op, x, grad, fewbit.scope(bits, min_bytes=0))
     yield Way("hooks", hooks.forward, hooks.backward, forward + size + code, backward + size + code)
-    if op not in ONE_BIT and op != GATED and ops.fused_backend(x.device).kernels is not None:
+    if op not in ONE_BIT and op != GATED and ops.multiplied_in(x.dtype, x.device) == ops.computed_in(x.dtype):
         fused = Call(op, x, grad, fewbit.scope(bits, min_bytes=0, engine="fused"))
-        yield Way("fused", fused.forward, fused.backward, 2 * size + code, 2 * size + code)
+        kernels = ops.fused_backend(x.device).kernels is not None
+        forward, backward = (2 * size, 2 * size) if kernels else (forward + size, 4 * size)
+        yield Way("fused", fused.forward, fused.backward, forward + code, backward + code)
 
 
 def codings(op: str, bits: int, x: Tensor, grad: Tensor) -> Iterator[Way]:
@@ -158,7 +160,8 @@ def codings(op: str, bits: int, x: Tensor, grad: Tensor) -> Iterator[Way]:
             yield Way(name, encode, decode, size + code, size + code)
         if (fused := ops.fused_backend(x.device).kernels) is not None:
             forward = functools.partial(fused.forward, "gelu", x, bits, coder, torch.zeros(1, device=x.device))
-            backward = functools.partial(fused.backward, grad, packed, bits, levels, layout)
+            levels = ops.rows(levels.to(ops.computed_in(x.dtype)), bits)
+            backward = functools.partial(ops.multiply, grad, packed, levels, bits, layout)
             yield Way("kernels", forward, backward, 2 * size + code, 2 * size + code)
 
 

@@ -175,6 +175,7 @@ ROWS: dict[str, Way] = {
     "stock": lambda model: (model, contextlib.nullcontext()),
     "stock again": lambda model: (model, contextlib.nullcontext()),
     "scope(bits=3)": lambda model: (model, fewbit.scope(bits=3)),
+    "scope(bits=3, engine='fused')": lambda model: (model, fewbit.scope(bits=3, engine="fused")),
     "scope(exact=True)": lambda model: (model, fewbit.scope(exact=True)),
     "scope(bits=3, recompute=True)": lambda model: (model, fewbit.scope(bits=3, recompute=True)),
     "scope(exact=True, recompute=True)": lambda model: (model, fewbit.scope(exact=True, recompute=True)),
@@ -187,7 +188,6 @@ ROWS: dict[str, Way] = {
 """The first is what the others are compared with."""
 
 ROWS_ON_A_GPU: dict[str, Way] = {
-    "scope(bits=3, engine='fused')": lambda model: (model, fewbit.scope(bits=3, engine="fused")),
     "save_on_cpu": lambda model: (model, torch.autograd.graph.save_on_cpu(pin_memory=True)),
     "save_on_cpu, scope(bits=3)": lambda model: (model, offloaded(fewbit.scope(bits=3))),
 }

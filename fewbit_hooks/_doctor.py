@@ -65,7 +65,8 @@ def environment() -> Iterator[tuple[str, str]]:
         yield "cuda", "not available" if torch.version.cuda else "not available: this torch is built without it"
     for device in devices():
         yield f"coding on {device}", str(ops.backend(torch.device(device)))
-        yield f"fused on {device}", str(ops.fused_backend(torch.device(device))).replace("plain torch", "the hooks")
+        fused = ops.fused_backend(torch.device(device))
+        yield f"fused on {device}", str(fused).replace("plain torch", "PyTorch's own kernels")
     value = os.environ.get("FEWBIT_DISABLE")
     said = "not set" if value is None else f"{value}: every scope is a no-op" if disabled() else value
     yield "FEWBIT_DISABLE", said

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from . import _fused, _policy, _stack, ops
+from . import _fused, _one_node, _policy, _stack, ops
 from ._calls import RECOGNISED, Call
 from ._composites import in_globals_of
 from ._imported import Imported
@@ -129,7 +129,7 @@ def _run_or_leave(forward: Any, unit: Unit) -> FunctionType:
 
 def _fuses(entry: Any) -> bool:
     """Whether products are made in one kernel."""
-    if not isinstance(entry, _stack.Entry) or not entry.fuses or not torch.is_grad_enabled():
+    if not isinstance(entry, _stack.Entry) or not entry.by_kernels or not torch.is_grad_enabled():
         return False
     settings = entry.scope._settings
     return settings.bits is not None and not settings.exact
@@ -251,7 +251,7 @@ class _Gated(torch.autograd.Function):
             return d_gate, d_up, None, None, None
         with torch._C.DisableTorchFunction():
             formula = _fused.formula_on(plan, gate)
-            if _fused.is_batched(grad):  # is_grads_batched=True: no kernel of ours can read it
+            if _one_node.is_batched(grad):  # is_grads_batched=True: no kernel of ours can read it
                 one = torch.ones_like(gate)
                 slope, y = kernels.backward(*formula, one, gate, one)
                 return grad * up * slope, grad * y, None, None, None

@@ -110,6 +110,12 @@ class Beside:
 
     def unpack(self) -> Tensor:
         """What follows from the output and the bits: the stand-ins."""
+        output = self.relied_on()
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            return self.decoder(output, self.packed, self.layout)
+
+    def relied_on(self) -> Tensor:
+        """The output, which is what it was; a backward asks for it."""
         begin_backward(self.name, self.step)
         assert self.output is not None
         if self.has_changed():
@@ -119,8 +125,7 @@ class Beside:
                 "taken from the output, which another node was seen to keep. From the next step on it is not; for this "
                 "one, replace the inplace operation, or run the module under `with fewbit_hooks.scope(bits=None):`."
             )
-        with torch._C.DisableTorchFunction(), torch.no_grad():
-            return self.decoder(local_part(self.output), self.packed, self.layout)
+        return local_part(self.output)
 
 
 class Kept:

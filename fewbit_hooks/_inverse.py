@@ -70,8 +70,13 @@ class Inverse:
         return ops.decode_beside(output, packed, self.table(k, output.dtype, layout.dtype, layout.device), layout)
 
     def slope(self, output: Tensor, packed: Tensor | None, layout: ops.Layout) -> Tensor:
-        """The derivative itself, for a call that is run as one node."""
+        """The derivative itself, for a node of ours."""
         return ops.decode_beside(output, packed, self.slopes(output.dtype, layout.dtype, layout.device), layout)
+
+    def product(self, grad: Tensor, output: Tensor, packed: Tensor | None, layout: ops.Layout) -> Tensor:
+        """`grad`, of the layout's dtype, times the derivative."""
+        slopes = self.slopes(output.dtype, ops.multiplied_in(layout.dtype, layout.device), layout.device)
+        return ops.multiply_beside(grad, output, packed, slopes, layout)
 
     def table(self, k: int, output: torch.dtype, dtype: torch.dtype, device: torch.device) -> Tensor:
         """What to hand the node for the k-th tensor that the call saves, by output and side.

@@ -151,7 +151,7 @@ class Plan:
         return self._is_not_a_number
 
     def level_rows(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The decoding table of the derivative itself, for a call that is run as one node."""
+        """The decoding table of the derivative itself, for a call that is one node of ours."""
         assert self.codebook is not None
         key = dtype, device
         if key not in self._levels:

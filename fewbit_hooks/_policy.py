@@ -104,10 +104,10 @@ def check_settings(
             raise FewbitTypeError(f"{name} must be True or False, got {on!r}")
     if engine not in ("hooks", "fused", "auto"):
         raise FewbitValueError(f"engine must be 'hooks', 'fused' or 'auto', got {engine!r}")
-    if engine == "fused" and not ops.is_installed("triton"):
+    if engine == "fused" and torch.cuda.is_available() and not ops.is_installed("triton"):
         raise FewbitError(
-            "engine='fused' needs the package triton, which is not installed. Install it (pip install triton), or use "
-            "'auto' or 'hooks'."
+            "engine='fused' needs the package triton on CUDA, which is not installed. Install it (pip install triton), "
+            "or use 'auto' or 'hooks'."
         )
     return Settings(bits, int(min_bytes), Exclusion(exclude), exact, recompute, _check_codebooks(codebooks), engine)
 

@@ -8,9 +8,10 @@ the pack hook replaces what the node saves by packed codes (`ops/`), the unpack 
 each code. What is done with one call is decided in `_treatment.py`, of what is known of its place (`_sites.py`). What
 dropout and its like save, a mask, is packed to one bit an element as it is (`_masks.py`); modules that are written in
 primitives are treated as a whole (`_composites.py`); under `recompute=True` what is cheap is computed again
-(`_recompute.py`, `_recipes.py`); under `engine="fused"` codes are made by the kernel that computes the activation
-(`_fused.py`), and gated units are one kernel (`_gated.py`); and a function that is compiled has codes in its graph
-(`_compiled.py`). The ledger (`_ledger.py`) keeps the books.
+(`_recompute.py`, `_recipes.py`). Under `engine="fused"` a call gets a node of our own in place of PyTorch's, whose
+backward is one product (`_one_node.py`); on CUDA the kernel that computes the activation makes the codes (`_fused.py`),
+and gated units are one kernel (`_gated.py`). A function that is compiled has codes in its graph (`_compiled.py`). The
+ledger (`_ledger.py`) keeps the books.
 """
 
 from __future__ import annotations
@@ -72,14 +73,16 @@ class scope:
         recompute: what is cheap to compute again from tensors that are kept anyway (activations' outputs, norms,
             products, casts, dropped inputs) is not kept itself where a Linear, matmul, convolution or product would
             save it, but computed again in backward, bit for bit. With `exact=True` nothing else is done.
-        engine: "hooks"; or "fused": on CUDA, one Triton kernel computes an activation and its codes, where it has the
-            formula, and the forward may differ from PyTorch's in the last places; everywhere else the hooks. It needs
-            the package triton. "auto" is the hooks: "fused" is not yet measured on a GPU.
+        engine: "hooks": PyTorch's own nodes, which are handed stand-ins. "fused": where the derivative is approximated,
+            a node of the library's own, whose backward is one product; on CUDA one Triton kernel computes an activation
+            and its codes, where it has the formula, and the forward may differ from PyTorch's in the last places.
+            "auto" is the hooks: "fused" is not yet measured on a GPU.
         codebooks: codebooks to use in place of the built-in ones, each for its activation and parameters, with its
             own bits.
 
     Raises:
-        FewbitError: an argument is wrong (FewbitTypeError, FewbitValueError), or `engine="fused"` finds no triton.
+        FewbitError: an argument is wrong (FewbitTypeError, FewbitValueError), or `engine="fused"` finds CUDA without
+            the package triton.
 
     What it cannot compress it keeps exact, and `report()` says how much and why. Double backward (`create_graph=True`)
     through a compressed activation raises a FewbitError. Setting FEWBIT_DISABLE=1 in the environment turns every scope
@@ -125,7 +128,7 @@ class scope:
         entry = _stack.Entry(self, inert=_policy.disabled(), enabled=enabled)
         if not entry.inert:
             _built_in.find_built_in()
-            if entry.fuses:
+            if entry.by_kernels:
                 _gated.find_gated()
         _stack.push(entry, _Mode)
         return entry

@@ -40,14 +40,27 @@ class Entry:
         hooks: their pack hook: others that come later go before ours.
         coding: what is coded in compiled graphs; None where nothing is.
         recomputes: the scope has `recompute=True`, and measures not only.
-        fuses: the scope has `engine="fused"`, and computes nothing again: see NOTE [ What is fused ] in `_fused.py`.
+        fuses: the scope has `engine="fused"`: see NOTE [ A node of our own ] in `_one_node.py`.
+        by_kernels: and computes nothing again: see NOTE [ What is fused ] in `_fused.py`.
         inside: it does not, but a scope around it does.
         inert: FEWBIT_DISABLE was set.
         enabled: it was `enable()` that entered.
         pushed: this entry put the mode on the thread's stack of modes.
     """
 
-    __slots__ = ("around", "coding", "enabled", "fuses", "hooks", "inert", "inside", "pushed", "recomputes", "scope")
+    __slots__ = (
+        "around",
+        "by_kernels",
+        "coding",
+        "enabled",
+        "fuses",
+        "hooks",
+        "inert",
+        "inside",
+        "pushed",
+        "recomputes",
+        "scope",
+    )
 
     def __init__(self, scope: scope, *, inert: bool, enabled: bool) -> None:
         self.scope = scope
@@ -55,7 +68,8 @@ class Entry:
         self.hooks = self.around[0] if self.around is not None else None
         self.coding = coding(scope._settings)
         self.recomputes = scope._settings.recompute and scope._settings.bits is not None
-        self.fuses = scope._settings.engine == "fused" and not self.recomputes
+        self.fuses = scope._settings.engine == "fused"
+        self.by_kernels = self.fuses and not self.recomputes
         self.inside = not self.recomputes and any(e.recomputes for e in _thread.entries)
         self.inert = inert
         self.enabled = enabled

@@ -131,7 +131,7 @@ def as_one_node(
     if inverse is None and plan.reason_to_keep(x):
         return again(entry, name, forward, x, never_kept, site)
     assert not isinstance(inverse, Itself)  # that is for activations of two values
-    y = _one_node.run_coded(plan, ledger, x, run_it, never_kept, site, inverse)
+    y = _one_node.run_coded(plan, ledger, x, run_it, site, inverse, in_primitives=True, never_kept=never_kept)
     if entry.recomputes and site is not None:
         _recipes.note(y, forward, [x], site=(site, ledger.coming_step))
     return y
@@ -149,11 +149,12 @@ def _as_it_is(entry: Entry, call: Call, plan: Plan, x: Tensor, run_it: functools
         _watch_input(ledger, site, verdict, y)
         return y
     inverse = plan.inverse(local_part(x), copied=verdict is Verdict.COPY) if verdict in FROM_OUTPUT else None
-    if inverse is None and entry.fuses and type(x) is Tensor:
-        fused = _fused.run(plan, ledger, x, site)
-        if fused is not None:
-            return fused
-    y = _hooks.run_coded(plan, ledger, x, run_it, site, inverse, entry.around)
+    if entry.fuses and _one_node.serves(plan, x, inverse):
+        assert not isinstance(inverse, Itself)
+        fused = _fused.forward_of(plan, x) if entry.by_kernels and inverse is None else None
+        y = _one_node.run_coded(plan, ledger, x, run_it, site, inverse, fused=fused)
+    else:
+        y = _hooks.run_coded(plan, ledger, x, run_it, site, inverse, entry.around)
     if recomputes and not plan.inplace and plan.codebook is not None and isinstance(y, Tensor):
         _recompute.note_activation(run_it, x, y, site=(site, ledger.coming_step) if site is not None else None)
     return y

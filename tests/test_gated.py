@@ -503,4 +503,4 @@ def test_where_its_kernels_do_not_work_the_two_calls_are_made_and_a_warning_says
     ):
         y = mlp()(inputs())
     assert not is_gated(y)
-    assert "_FusedBackward" in nodes(y)
+    assert "_CodedBackward" in nodes(y)

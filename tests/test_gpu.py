@@ -222,7 +222,7 @@ def test_the_fused_forward_is_within_its_bound_of_stocks(name: str, dtype: torch
     x[:4] = torch.tensor([0.0, float("nan"), float("inf"), -float("inf")], device="cuda").to(dtype)
     with fewbit.scope(engine="fused", min_bytes=0):
         y = FUSED[name](x.clone().requires_grad_())
-    assert y.grad_fn.name() == "_FusedBackward"
+    assert y.grad_fn.name() == "_CodedBackward"
     y, stock = y.detach().double(), FUSED[name](x).double()
     torch.testing.assert_close(y[:4], stock[:4], rtol=1e-2, atol=1e-6, equal_nan=True)
     unit = torch.finfo(dtype).eps * 2 ** stock[4:].abs().clamp(min=1).log2().floor()

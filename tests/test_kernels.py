@@ -64,6 +64,22 @@ class Kernels:
         out: Tensor = self.module.decode_beside(self.there(output), packed, self.there(table), layout)
         return out.cpu()
 
+    def multiply(self, grad: Tensor, packed: Tensor, rows: Tensor, bits: int, layout: ops.Layout) -> Tensor:
+        """The products, brought back."""
+        layout = layout._replace(device=self.device)
+        out: Tensor = self.module.multiply(self.there(grad), self.there(packed), self.there(rows), bits, layout)
+        return out.cpu()
+
+    def multiply_beside(
+        self, grad: Tensor, output: Tensor, packed: Tensor | None, table: Tensor, layout: ops.Layout
+    ) -> Tensor:
+        """The products, brought back."""
+        packed, layout = None if packed is None else self.there(packed), layout._replace(device=self.device)
+        out: Tensor = self.module.multiply_beside(
+            self.there(grad), self.there(output), packed, self.there(table), layout
+        )
+        return out.cpu()
+
 
 @pytest.fixture(params=["triton", "numba"])
 def kernels(request: pytest.FixtureRequest) -> Kernels:
@@ -219,6 +235,56 @@ def test_an_output_of_other_strides_is_read_in_the_order_of_the_result(kernels: 
         decoded = kernels.decode_beside(output, None, table, layout)
         assert decoded.stride() == expected.stride()
         assert torch.equal(decoded, expected)
+
+
+@pytest.fixture
+def multiplying() -> Kernels:
+    """Those of Triton: numba's need not multiply (`_dispatch.multiply` says why)."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    return Kernels("triton")
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_with_what_codes_stand_for_are_rounded_once(
+    multiplying: Kernels, dtype: torch.dtype, bits: int
+) -> None:
+    exact = ops.computed_in(dtype)
+    values = torch.randn(1 << bits).to(exact)
+    for n in SIZES:
+        codes, grad = random_codes(n, bits), torch.randn(n).to(dtype)
+        packed, layout = ops.pack_bits(codes, bits), ops.Layout.of(grad)
+        product = multiplying.multiply(grad, packed, ops.rows(values, bits), bits, layout)
+        assert equal_bits(product, (grad.to(exact) * values[codes.long()]).to(dtype))
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_beside_an_output_are_rounded_once(multiplying: Kernels, dtype: torch.dtype, sides: int) -> None:
+    exact = ops.computed_in(dtype)
+    table = torch.randn(sides << 16).to(exact)
+    for n in SIZES:
+        y, grad = torch.randn(n).to(dtype), torch.randn(n).to(dtype)
+        packed = ops.pack_bits(random_codes(n, 1), 1) if sides == 2 else None
+        layout = ops.Layout.of(y)._replace(dtype=exact)
+        factors = _beside.decode_beside(y, packed, table, layout)
+        product = multiplying.multiply_beside(grad, y, packed, table, ops.Layout.of(grad))
+        assert equal_bits(product, (grad.to(exact) * factors).to(dtype))
+
+
+def test_a_gradient_of_other_strides_is_read_in_the_order_of_the_codes(multiplying: Kernels) -> None:
+    x, y = torch.randn(40, 30).t(), torch.randn(30, 40)
+    values, codes = torch.randn(8), random_codes(x.numel(), 3)
+    packed, layout = ops.pack_bits(codes, 3), ops.Layout.of(x)
+    expected = _torch.decode(packed, ops.rows(values, 3), 3, layout)
+    for grad in (y, y.t().contiguous().t(), y[:1].expand(30, 40)):
+        product = multiplying.multiply(grad, packed, ops.rows(values, 3), 3, layout)
+        assert product.stride() == x.stride()
+        assert torch.equal(product, grad * expected)
+        table = torch.randn(65536)
+        product = multiplying.multiply_beside(grad, x, None, table, layout)
+        assert product.stride() == x.stride()
+        assert torch.equal(product, grad * _beside.decode_beside(x, None, table, layout))
 
 
 @pytest.mark.parametrize("n", SIZES)

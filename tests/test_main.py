@@ -102,7 +102,7 @@ def test_doctor_as_a_process() -> None:
     assert done.stdout.rstrip().endswith("everything works")
     assert torch.__version__ in done.stdout
     assert f"\ncoding on cpu   {ops.backend(torch.device('cpu'))}\n" in done.stdout
-    assert "\nfused on cpu    the hooks: Triton's kernels are for cuda\n" in done.stdout
+    assert "\nfused on cpu    PyTorch's own kernels: Triton's are for cuda\n" in done.stdout
     for activation in fewbit.activations():
         assert f"\n{activation.name} " in done.stdout
 

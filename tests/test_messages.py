@@ -54,12 +54,13 @@ def test_an_unknown_name_in_a_mapping_lists_the_known_ones() -> None:
 
 def test_what_an_engine_needs_and_does_not_find_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fewbit_hooks.ops.is_installed", lambda package: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for make in (fewbit.scope, fewbit.enable):
         with pytest.raises(fewbit.FewbitError) as raised:
             make(engine="fused")
         assert str(raised.value) == (
-            "engine='fused' needs the package triton, which is not installed. Install it (pip install triton), or use "
-            "'auto' or 'hooks'."
+            "engine='fused' needs the package triton on CUDA, which is not installed. Install it (pip install triton), "
+            "or use 'auto' or 'hooks'."
         )
         assert fewbit.active() is None
     fewbit.scope(engine="auto")

@@ -47,11 +47,14 @@ for kind in ("fp16", "bf16", "fp32", "fp64"):
         ptx = build(T._encode_thresholds, constants, x="*" + kind, packed="*u8", boundaries=limits, **sizes)
         assert "ld.global.v" in ptx  # 16 bytes at a time
         build(T._decode, dict(BITS=bits), packed="*u8", values=size, out=size, n=sizes["n"], stride="i32")
-        build(F._backward, dict(BITS=bits), grad="*" + kind, packed="*u8", levels=limits, out="*" + kind, n=sizes["n"])
+        data = dict(grad="*" + kind, packed="*u8", out="*" + kind, n=sizes["n"])
+        build(T._multiply, dict(BITS=bits), values=limits, stride="i32", **data)
     build(T._encode_not_zero, {}, x=size, packed="*u8", n="i32", n_bytes="i32")
     build(T._decode, dict(BITS=1), packed="*u8", values="*i8", out="*" + kind, n="i32", stride="i32")
     output = "*i16" if kind == "bf16" else "*" + kind
     build(T._decode_beside, dict(SIDES=True), output=output, packed="*u8", table=size, out=size, n="i32")
+    data = dict(grad="*" + kind, output=output, packed="*u8", table=limits, out="*" + kind, n="i32")
+    build(T._multiply_beside, dict(SIDES=True), **data)
     for name in ("gelu", "gelu_tanh", "silu", "mish", "elu", "softplus", "tanh", "sigmoid", "hardswish"):
         constants = dict(NAME=name, BITS=3, FOLDED=name == "tanh")
         ptx = build(F._forward, constants, x="*" + kind, y="*" + kind, packed="*u8",
@@ -64,7 +67,7 @@ for kind in ("fp16", "bf16", "fp32", "fp64"):
 build(T._decode_beside, dict(SIDES=False), output="*fp32", packed="*u8", table="*i32", out="*i32", n="i32")
 build(T._encode_lookup, dict(BITS=1), x="*i16", packed="*u8", table="*u8", n="i32", n_bytes="i32")
 build(T._pack, dict(BITS=1), codes="*u8", packed="*u8", n="i32", n_bytes="i32")
-assert not F.INTERPRETED
+assert not T.INTERPRETED
 """
 
 

@@ -12,6 +12,9 @@ from ._dispatch import encode_two_values as encode_two_values
 from ._dispatch import fused_backend as fused_backend
 from ._dispatch import gated_backend as gated_backend
 from ._dispatch import is_installed as is_installed
+from ._dispatch import multiplied_in as multiplied_in
+from ._dispatch import multiply as multiply
+from ._dispatch import multiply_beside as multiply_beside
 from ._dispatch import pack_bits as pack_bits
 from ._dispatch import second_value as second_value
 from ._dispatch import unpack_bits as unpack_bits

@@ -30,6 +30,7 @@ Only what Triton 3.x has from the start is used: `load`, `store`, `arange`, `sum
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from torch import Tensor
 
 from ._beside import in_order_of
 from ._coders import Coder, Lookup, Thresholds
-from ._layout import INTEGERS, Layout, chunks, in_memory_order, is_dense
+from ._layout import INTEGERS, Layout, chunks, computed_in, in_memory_order, is_dense
 from ._torch import packed_bytes
 from ._two_values import encode_two_values as encode_two_values  # no kernel would spare the host the waiting
 from ._two_values import not_zero
@@ -147,9 +148,11 @@ def _decode(packed, values, out, n, stride, BITS: tl.constexpr, GROUPS: tl.const
 
 
 @triton.jit
-def _decode_beside(output, packed, table, out, n, SIDES: tl.constexpr, GROUPS: tl.constexpr):
-    """`output`: int16, the bits of bfloat16 values; else floats, which are looked up as float16."""
-    _, index = elements(GROUPS)
+def _at_output(output, packed, index, n, SIDES: tl.constexpr):
+    """Where a table has what belongs to the elements at `index`.
+
+    `output`: int16, the bits of bfloat16 values; else floats, which are looked up as float16.
+    """
     y = tl.load(output + index, mask=index < n, other=0)
     if output.dtype.element_ty != tl.int16:
         # by way of float32, as torch converts float64: rounding once and rounding twice may differ
@@ -157,7 +160,51 @@ def _decode_beside(output, packed, table, out, n, SIDES: tl.constexpr, GROUPS: t
     at = y.to(tl.int32) & 0xFFFF
     if SIDES:
         at += load_code(packed, index, n, 1) << 16
-    tl.store(out + index, tl.load(table + at), mask=index < n)
+    return at
+
+
+@triton.jit
+def _decode_beside(output, packed, table, out, n, SIDES: tl.constexpr, GROUPS: tl.constexpr):
+    _, index = elements(GROUPS)
+    tl.store(out + index, tl.load(table + _at_output(output, packed, index, n, SIDES)), mask=index < n)
+
+
+INTERPRETED = not isinstance(code_of, triton.runtime.JITFunction)
+"""Triton's interpreter is on (TRITON_INTERPRET=1)."""
+
+if INTERPRETED:
+
+    @triton.jit
+    def round_to(x, like):
+        if like.dtype.element_ty == tl.bfloat16:  # the interpreter would cut the last 16 bits off
+            bits = x.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+            nearest = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits) >> 16
+            return nearest.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        return x.to(like.dtype.element_ty)
+
+else:
+
+    @triton.jit
+    def round_to(x, like):
+        return x.to(like.dtype.element_ty)  # to the nearest, ties to even
+
+
+@triton.jit(do_not_specialize=["stride"])
+def _multiply(grad, packed, values, out, n, stride, BITS: tl.constexpr, GROUPS: tl.constexpr):
+    """Computed in the dtype of `values`, and rounded once."""
+    _, index = elements(GROUPS)
+    g = tl.load(grad + index, mask=index < n, other=0.0).to(values.dtype.element_ty)
+    value = tl.load(values + load_code(packed, index, n, BITS) * stride)
+    tl.store(out + index, round_to(g * value, out), mask=index < n)
+
+
+@triton.jit
+def _multiply_beside(grad, output, packed, table, out, n, SIDES: tl.constexpr, GROUPS: tl.constexpr):
+    """`output`: as for `_decode_beside`; computed in the dtype of `table`, and rounded once."""
+    _, index = elements(GROUPS)
+    g = tl.load(grad + index, mask=index < n, other=0.0).to(table.dtype.element_ty)
+    value = tl.load(table + _at_output(output, packed, index, n, SIDES))
+    tl.store(out + index, round_to(g * value, out), mask=index < n)
 
 
 # --- launchers: they allocate, size the grid, and see to the device ---
@@ -203,6 +250,20 @@ def decode(packed: Tensor, rows: Tensor, bits: int, layout: Layout) -> Tensor:
     return out
 
 
+def multiply(grad: Tensor, packed: Tensor, rows: Tensor, bits: int, layout: Layout) -> Tensor:
+    """As `_dispatch.multiply`; for values of `computed_in(layout.dtype)`."""
+    out = layout.empty()
+    n = out.numel()
+    if n:
+        in_row = (rows.numel().bit_length() - 1) // bits
+        grad, values = layout.like(grad.detach()), rows.view(computed_in(layout.dtype))
+        with on(out.device):
+            _multiply[grid(n)](
+                in_memory_order(grad), packed, values, out.as_strided((n,), (1,)), n, in_row, BITS=bits, GROUPS=GROUPS
+            )
+    return out
+
+
 def decode_beside(output: Tensor, packed: Tensor | None, table: Tensor, layout: Layout) -> Tensor:
     """As `_beside.decode_beside`, bit for bit."""
     out = layout.empty()
@@ -211,12 +272,32 @@ def decode_beside(output: Tensor, packed: Tensor | None, table: Tensor, layout: 
         bits_of = INTEGERS[out.element_size()]
         flat, table = out.as_strided((n,), (1,)).view(bits_of), table.view(bits_of)
         with on(out.device):
-            for start, piece in _pieces(in_order_of(layout, output.detach()), whole=True):
-                m = piece.numel()
-                y = piece.view(torch.int16) if piece.dtype == torch.bfloat16 else piece
-                side = packed[start // 8 :] if packed is not None else table  # not read where there are no sides
+            for start, y, side, m in _outputs(output, packed, table, layout):
                 _decode_beside[grid(m)](y, side, table, flat[start:], m, SIDES=packed is not None, GROUPS=GROUPS)
     return out
+
+
+def multiply_beside(grad: Tensor, output: Tensor, packed: Tensor | None, table: Tensor, layout: Layout) -> Tensor:
+    """As `_dispatch.multiply_beside`; for a table of `computed_in(layout.dtype)`."""
+    out = layout.empty()
+    n = out.numel()
+    if n:
+        flat, factors = out.as_strided((n,), (1,)), in_memory_order(layout.like(grad.detach()))
+        with on(out.device):
+            for start, y, side, m in _outputs(output, packed, table, layout):
+                _multiply_beside[grid(m)](
+                    factors[start:], y, side, table, flat[start:], m, SIDES=packed is not None, GROUPS=GROUPS
+                )
+    return out
+
+
+def _outputs(
+    output: Tensor, packed: Tensor | None, table: Tensor, layout: Layout
+) -> Iterator[tuple[int, Tensor, Tensor, int]]:
+    """Pieces of an output, with their sides: where each starts, and its length."""
+    for start, piece in _pieces(in_order_of(layout, output.detach()), whole=True):
+        y = piece.view(torch.int16) if piece.dtype == torch.bfloat16 else piece
+        yield start, y, packed[start // 8 :] if packed is not None else table, piece.numel()  # a table is not read
 
 
 def _pieces(x: Tensor, whole: bool) -> Any:

@@ -1,4 +1,4 @@
-"""Triton kernels that compute an activation and its codes in one pass, and grad times the level in another.
+"""Triton kernels that compute an activation and its codes in one pass.
 
 Imported on first use, as `_triton.py`, whose byte layout and NOTE [ One program ] hold here. Not yet measured on a GPU.
 
@@ -23,8 +23,6 @@ and libdevice is told to flush float32 denormals. The bound, to which a `gpu` te
 in float32 and float64, 1 in float16 and bfloat16; of the result, or of 1 where the result is smaller (`1 + erf`
 cancels in PyTorch's own kernel too). Triton's interpreter has no libdevice: there exp and log stand in for it, in
 float64, which tests the formulas but not libdevice.
-
-The gradient is grad * level, computed in float32 (float64) from levels in that dtype, and rounded once.
 """
 
 from __future__ import annotations
@@ -37,10 +35,7 @@ from torch import Tensor
 from ._coders import Thresholds
 from ._layout import Layout, in_memory_order
 from ._torch import packed_bytes
-from ._triton import GROUPS, code_of, elements, grid, load_code, on, store_packed
-
-INTERPRETED = not isinstance(code_of, triton.runtime.JITFunction)
-"""Triton's interpreter is on (TRITON_INTERPRET=1)."""
+from ._triton import GROUPS, INTERPRETED, code_of, elements, grid, on, round_to, store_packed
 
 if INTERPRETED:
 
@@ -66,14 +61,6 @@ if INTERPRETED:
     def erf(x):
         return tl.erf(x)
 
-    @triton.jit
-    def round_to(x, like):
-        if like.dtype.element_ty == tl.bfloat16:  # the interpreter would cut the last 16 bits off
-            bits = x.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-            nearest = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits) >> 16
-            return nearest.to(tl.int16).to(tl.bfloat16, bitcast=True)
-        return x.to(like.dtype.element_ty)
-
 else:
     from triton.language.extra import libdevice
 
@@ -96,10 +83,6 @@ else:
     @triton.jit
     def erf(x):
         return libdevice.erf(x)
-
-    @triton.jit
-    def round_to(x, like):
-        return x.to(like.dtype.element_ty)  # to the nearest, ties to even
 
 
 # --- kernels: arithmetic only ---
@@ -151,14 +134,6 @@ def _forward(
     store_packed(packed, group, code_of(v, boundaries, BITS, FOLDED), index, n, n_bytes, BITS)
 
 
-@triton.jit
-def _backward(grad, packed, levels, out, n, BITS: tl.constexpr, GROUPS: tl.constexpr):
-    _, index = elements(GROUPS)
-    g = tl.load(grad + index, mask=index < n, other=0.0).to(levels.dtype.element_ty)
-    level = tl.load(levels + load_code(packed, index, n, BITS))
-    tl.store(out + index, round_to(g * level, out), mask=index < n)
-
-
 # --- launchers ---
 
 
@@ -185,21 +160,3 @@ def forward(name: str, x: Tensor, bits: int, thresholds: Thresholds, parameters:
                 parameters, n, n_bytes, NAME=name, BITS=bits, FOLDED=thresholds.folded, GROUPS=GROUPS,
             )  # fmt: skip
     return y, packed
-
-
-def backward(grad: Tensor, packed: Tensor, bits: int, levels: Tensor, layout: Layout) -> Tensor:
-    """`grad` times the level of each code, in the given layout.
-
-    Args:
-        grad: of the layout's shape and dtype; any strides.
-        levels: 2**bits, of dtype `computed_in(layout.dtype)`.
-    """
-    out = layout.empty()
-    n = out.numel()
-    if n:
-        grad = layout.like(grad.detach())  # in the order of the codes
-        with on(out.device):
-            _backward[grid(n)](
-                in_memory_order(grad), packed, levels, out.as_strided((n,), (1,)), n, BITS=bits, GROUPS=GROUPS
-            )
-    return out

@@ -25,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._layout import Layout, in_memory_order
-from ._triton import GROUPS, elements, grid, on
-from ._triton_fused import activation, divide, erf, exp, log1p, round_to, tanh
+from ._triton import GROUPS, elements, grid, on, round_to
+from ._triton_fused import activation, divide, erf, exp, log1p, tanh
 
 
 @triton.jit
