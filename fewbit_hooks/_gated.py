@@ -3,18 +3,20 @@
 NOTE [ Gated units ]
 
 In `down(act(gate(x)) * up(x))` the product is a call of its own. To a mode it comes too late: the activation has
-returned by then, and its result could have gone anywhere. But where the source of a module's forward is this one
-expression, nobody but the product sees it. So `forward` of such classes is replaced, once, by a function that inside a
-scope with `engine="fused"` makes the four calls itself, the product by one kernel of `ops/_triton_gated.py`; outside,
-and wherever anything is unlike what is expected, the original runs.
+returned by then, and its result could have gone anywhere. But where the source of a module's forward is this and
+nothing else, nobody but the product sees it. So `forward` of such classes is replaced, once, by a function that inside
+a scope with `engine="fused"` makes the calls itself, the product by one kernel of `ops/_triton_gated.py`; outside, and
+wherever anything is unlike what is expected, the original runs.
 
 1. The classes are those of transformers, among the modules already imported. It is their source that is compared, as a
-   syntax tree, not their names: one that another version writes in another way is left alone.
+   syntax tree, with `FORMS`; what its attributes and variables are called does not matter, nor what the class is. One
+   that another version writes in another way is left alone.
 2. Which activation it is, is seen when the module that computes it is called on one number. So that must be one of
    torch's or transformers' own, which have no memory and draw nothing; and without hooks or a `forward` of its own.
 3. One node keeps the gate and `up`, as they are. The activation's result, which PyTorch's product keeps beside them, is
    never kept; it is computed again by the backward kernel. Gradients are exact but for the kernels' last places.
-4. The gate must be dense: halves of one projection, as `chunk` makes them, are not.
+4. Gate and `up` may be the halves of one projection's result. The kernels read them where they lie, and write one
+   gradient, so that it need not be put together of two.
 """
 
 from __future__ import annotations
@@ -41,63 +43,147 @@ from ._policy import Keep
 
 
 class Unit(NamedTuple):
-    """The names of a gated unit's four modules."""
+    """A gated unit: the names of its modules.
 
-    gate: str
+    Attributes:
+        act: the activation.
+        down: what takes the product, one after the other.
+        gate, up: what make the two factors, of the input; or
+        both: what makes them as the halves of one tensor.
+        gate_first: the gate is the first half.
+    """
+
     act: str
-    up: str
-    down: str
+    down: tuple[str, ...]
+    gate: str = ""
+    up: str = ""
+    both: str = ""
+    gate_first: bool = True
+
+
+class Form(NamedTuple):
+    """A forward that is a gated unit, but for the names. Those of modules are `Unit`'s; `drop` is one before `down`."""
+
+    source: str
+    gate_first: bool = True
+
+
+FORMS = (
+    Form("return self.down(self.act(self.gate(x)) * self.up(x))"),  # Qwen2.5-VL
+    Form("""
+        y = self.down(self.act(self.gate(x)) * self.up(x))
+        return y
+    """),  # Llama, and most others
+    Form("""
+        y = self.act(self.gate(x)) * self.up(x)
+        y = self.drop(y)
+        z = self.down(y)
+        return z
+    """),  # T5Gemma
+    Form("""
+        y = self.both(x)
+        gate, y = y.chunk(2, dim=-1)
+        y = y * self.act(gate)
+        return self.down(y)
+    """),  # Phi-3, GLM
+    Form("""
+        x = self.both(x)
+        y = x.chunk(2, dim=-1)
+        x = self.act(y[0]) * y[1]
+        x = self.down(x)
+        return x
+    """),  # the experts of Granite's mixtures
+    Form("""
+        gate, up = self.both(x).chunk(2, dim=-1)
+        return self.down(self.drop(self.act(gate) * up))
+    """),  # ModernBERT
+    Form(
+        """
+        x = self.both(x)
+        x, gate = x.chunk(2, dim=-1)
+        x = self.act(gate) * x
+        x = self.down(x)
+        return x
+        """,
+        gate_first=False,
+    ),  # Moonshine
+)
 
 
 def unit_of(forward: Callable[..., Any]) -> Unit | None:
     """The names in a forward that is a gated unit and nothing else; None where it is not, or its source is not there.
 
     >>> from transformers.models.llama.modeling_llama import LlamaMLP
-    >>> unit_of(inspect.unwrap(LlamaMLP.forward))  # as it is in the source: it may have been replaced by now
-    Unit(gate='gate_proj', act='act_fn', up='up_proj', down='down_proj')
+    >>> unit = unit_of(inspect.unwrap(LlamaMLP.forward))  # as it is in the source: it may have been replaced by now
+    >>> unit.gate, unit.act, unit.up, unit.down
+    ('gate_proj', 'act_fn', 'up_proj', ('down_proj',))
     """
     code = getattr(forward, "__code__", None)
-    if code is None or len(code.co_names) != 4 or code.co_argcount != 2 or code.co_freevars:
+    if code is None or code.co_argcount != 2 or code.co_freevars or len(code.co_names) not in (4, 5):
         return None  # reading the source takes longer than all else
     try:
-        (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
+        tree = _function(inspect.getsource(forward))
     except (OSError, TypeError, SyntaxError):
         return None
-    match function:
-        case ast.FunctionDef(args=ast.arguments(args=[ast.arg(me), ast.arg(x)]), body=body, decorator_list=[]):
-            pass
-        case _:
-            return None
-    match [statement for statement in body if not _is_docstring(statement)]:
-        case [ast.Return(value=value)]:
-            pass
-        case [ast.Assign(targets=[ast.Name(name)], value=value), ast.Return(value=ast.Name(returned))]:
-            if name != returned:
-                return None
-        case _:
-            return None
-    match value:
-        case ast.Call(
-            func=ast.Attribute(ast.Name(me_1), down),
-            args=[
-                ast.BinOp(
-                    left=ast.Call(
-                        func=ast.Attribute(ast.Name(me_2), act),
-                        args=[ast.Call(func=ast.Attribute(ast.Name(me_3), gate), args=[ast.Name(x_1)], keywords=[])],
-                        keywords=[],
-                    ),
-                    op=ast.Mult(),
-                    right=ast.Call(func=ast.Attribute(ast.Name(me_4), up), args=[ast.Name(x_2)], keywords=[]),
-                )
-            ],
-            keywords=[],
-        ) if {me_1, me_2, me_3, me_4} == {me} and {x_1, x_2} == {x}:
-            return Unit(gate, act, up, down)
+    for form, known in _trees():
+        names: dict[str, str] = {}
+        if tree is not None and _is(tree, known, names):
+            found = {name[1:]: mine[1:] for name, mine in names.items() if name[0] == "."}
+            down = tuple(found.pop(name) for name in ("drop", "down") if name in found)
+            return Unit(down=down, gate_first=form.gate_first, **found)
     return None
 
 
-def _is_docstring(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+@functools.cache
+def _trees() -> list[tuple[Form, ast.FunctionDef | None]]:
+    forward = "def forward(self, x):\n"
+    return [(form, _function(forward + textwrap.indent(textwrap.dedent(form.source).strip(), " "))) for form in FORMS]
+
+
+def _function(source: str) -> ast.FunctionDef | None:
+    """A function of two arguments, without its docstring and annotations."""
+    (function,) = ast.parse(textwrap.dedent(source)).body
+    match function:
+        case ast.FunctionDef(
+            args=ast.arguments(
+                posonlyargs=[], args=[ast.arg(), ast.arg()], vararg=None, kwonlyargs=[], kwarg=None, defaults=[]
+            ),
+            decorator_list=[],
+        ):
+            if ast.get_docstring(function, clean=False) is not None:
+                del function.body[0]
+            function.returns, function.name = None, "forward"
+            for arg in function.args.args:
+                arg.annotation = None
+            return function
+    return None
+
+
+def _is(node: Any, form: Any, names: dict[str, str]) -> bool:
+    """Whether a tree is a form's, but for the names.
+
+    Args:
+        names: what the form's names are here, to be filled in: those of variables, and, with a dot, those of `self`'s
+            attributes. Two of the form's are two here.
+    """
+    if type(node) is not type(form):
+        return False
+    if isinstance(form, list):
+        return len(node) == len(form) and all(_is(n, f, names) for n, f in zip(node, form, strict=True))
+    match form:
+        case ast.Name(id=its) | ast.arg(arg=its):
+            return _stands_for(getattr(node, "id", getattr(node, "arg", "")), its, names)
+        case ast.Attribute(value=ast.Name(id="self"), attr=its):
+            return _is(node.value, form.value, names) and _stands_for(f".{node.attr}", f".{its}", names)
+        case ast.AST():
+            return all(_is(getattr(node, field), getattr(form, field), names) for field in form._fields)
+    return bool(node == form)
+
+
+def _stands_for(mine: str, its: str, names: dict[str, str]) -> bool:
+    if its not in names and mine not in names.values():
+        names[its] = mine
+    return names.get(its) == mine
 
 
 def _replace_in(name: str, module: ModuleType) -> None:
@@ -144,13 +230,29 @@ def _run(entry: _stack.Entry, unit: Unit, forward: Any, module: nn.Module, x: An
     seen = _seen_in(act)
     if seen is None:
         return forward(module, x)
-    gate = getattr(module, unit.gate)(x)
-    plan, kernels = _plan_and_kernels(entry, *seen, gate)
+    first = getattr(module, unit.both or unit.gate)(x)
+    plan, kernels = _plan_and_kernels(entry, *seen, first, unit)
     if plan is None or kernels is None:  # in the original's order
-        return getattr(module, unit.down)(act(gate) * getattr(module, unit.up)(x))
-    up = getattr(module, unit.up)(x)
-    product = _product(entry, plan, kernels, gate, up) if _are_alike(gate, up) else act(gate) * up
-    return getattr(module, unit.down)(product)
+        y = _two_calls(act, first, unit) if unit.both else act(first) * getattr(module, unit.up)(x)
+    elif unit.both:
+        y = _product(entry, plan, kernels, unit.gate_first, first)
+    else:
+        up = getattr(module, unit.up)(x)
+        y = _product(entry, plan, kernels, True, first, up) if _are_alike(first, up) else act(first) * up
+    for name in unit.down:
+        y = getattr(module, name)(y)
+    return y
+
+
+def _two_calls(act: Any, both: Any, unit: Unit) -> Any:
+    gate, up = _factors((both,), unit.gate_first)
+    return act(gate) * up
+
+
+def _factors(parts: tuple[Tensor, ...], gate_first: bool) -> tuple[Tensor, Tensor]:
+    """Gate and up, of themselves or of the tensor of which they are the halves."""
+    first, second = parts if len(parts) == 2 else parts[0].chunk(2, dim=-1)
+    return (first, second) if gate_first else (second, first)
 
 
 _KNOWN = ("torch.nn.modules.activation", "transformers.activations")
@@ -198,19 +300,25 @@ def _seen_in(act: Any) -> tuple[Call, Any, tuple[Any, ...], dict[str, Any]] | No
 
 
 def _plan_and_kernels(
-    entry: _stack.Entry, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], gate: Any
+    entry: _stack.Entry, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], first: Any, unit: Unit
 ) -> tuple[Plan | None, ModuleType | None]:
-    """What act(gate) * up is made with; None where it must be made another way."""
+    """What act(gate) * up is made with, of the gate or of both; None where it must be made another way."""
     settings = entry.scope._settings
-    if type(gate) is not Tensor or not gate.requires_grad or _policy.unfit(gate):
+    if type(first) is not Tensor or not first.requires_grad or _policy.unfit(first):
         return None, None
-    if gate.nbytes < max(settings.min_bytes, 1):
-        return None, None
+    with torch._C.DisableTorchFunction():
+        gate = first
+        if unit.both:
+            if not first.dim() or not first.is_contiguous() or first.shape[-1] % 16:  # rows of whole groups
+                return None, None
+            gate, _ = _factors((first,), unit.gate_first)
+        if gate.numel() * gate.element_size() < max(settings.min_bytes, 1):
+            return None, None
     try:
         plan = _policy.make_plan(settings, call, func, args, kwargs, gate)
     except Keep:
         return None, None
-    return plan, _fused.kernels_for(plan, gate) and ops.gated_backend(gate.device).kernels
+    return plan, _fused.kernels_for(plan, first) and ops.gated_backend(first.device).kernels
 
 
 def _are_alike(gate: Tensor, up: Any) -> bool:
@@ -220,51 +328,59 @@ def _are_alike(gate: Tensor, up: Any) -> bool:
     )  # fmt: skip
 
 
-def _product(entry: _stack.Entry, plan: Plan, kernels: ModuleType, gate: Tensor, up: Tensor) -> Tensor:
+def _product(entry: _stack.Entry, plan: Plan, kernels: ModuleType, gate_first: bool, *parts: Tensor) -> Tensor:
     """act(gate) * up as one node."""
-    ledger = entry.scope._ledger
+    ledger, first = entry.scope._ledger, parts[0]
     row = ledger.row(plan.activation.name, 0, how=RECOMPUTED)
-    # PyTorch's activation keeps its input, or its output, and the product keeps the output
-    keeps_gate = plan.activation.saves != "output"
-    if keeps_gate:
-        ledger.original(row, gate)
-    ledger.stored(row, 0 if keeps_gate else gate.nbytes, never_kept=gate.nbytes)
-    y: Tensor = _Gated.apply(gate, up, plan, kernels, ledger.step)  # type: ignore[no-untyped-call]
+    # PyTorch's activation keeps its input, or its output, and the product keeps the output, and up
+    keeps_first = plan.activation.saves != "output" or len(parts) == 1
+    if keeps_first:
+        ledger.original(row, first)
+    never_kept = first.nbytes * len(parts) // 2
+    ledger.stored(row, 0 if keeps_first else first.nbytes, never_kept=never_kept)
+    y: Tensor = _Gated.apply(plan, kernels, ledger.step, gate_first, *parts)  # type: ignore[no-untyped-call]
     return y
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, plan: Plan, kernels: ModuleType, step: Step) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.plan, ctx.kernels, ctx.step = plan, kernels, step
+    def forward(ctx: Any, plan: Plan, kernels: ModuleType, step: Step, gate_first: bool, *parts: Tensor) -> Tensor:
+        ctx.save_for_backward(*parts)
+        ctx.plan, ctx.kernels, ctx.step, ctx.gate_first = plan, kernels, step, gate_first
+        ctx.layout = ops.Layout.of(parts[0])
+        gate, up = _factors(parts, gate_first)
         y: Tensor = kernels.forward(*_fused.formula_on(plan, gate), gate, up)
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        plan, kernels = ctx.plan, ctx.kernels
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ctx.step.unpacked()
-        gate, up = ctx.saved_tensors
+        parts = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: all that it takes is there
-            d_gate, d_up = _with_graph(plan, gate, up, grad, ctx.needs_input_grad)
-            return d_gate, d_up, None, None, None
+            return (None,) * 4 + _with_graph(ctx, parts, grad)
         with torch._C.DisableTorchFunction():
-            formula = _fused.formula_on(plan, gate)
-            if _one_node.is_batched(grad):  # is_grads_batched=True: no kernel of ours can read it
-                one = torch.ones_like(gate)
-                slope, y = kernels.backward(*formula, one, gate, one)
-                return grad * up * slope, grad * y, None, None, None
-            d_gate, d_up = kernels.backward(*formula, grad, gate, up)
-            return d_gate, d_up, None, None, None
+            parts = tuple(ctx.layout.like(part) for part in parts)  # others' hooks may have laid them otherwise
+            if not _one_node.is_batched(grad):
+                return (None,) * 4 + _gradients(ctx, parts, grad)
+            one = torch.ones_like(_factors(parts, ctx.gate_first)[0])  # no kernel of ours can read several
+            slopes = _gradients(ctx, parts, one)
+            grads = (torch.cat((grad, grad), -1),) if len(parts) == 1 else (grad, grad)
+            return (None,) * 4 + tuple(g * slope for g, slope in zip(grads, slopes, strict=True))
 
 
-def _with_graph(
-    plan: Plan, gate: Tensor, up: Tensor, grad: Tensor, needed: tuple[bool, ...]
-) -> tuple[Tensor | None, Tensor | None]:
+def _gradients(ctx: Any, parts: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+    gate, up = _factors(parts, ctx.gate_first)
+    gradients = tuple(ctx.layout.empty() for _ in parts)
+    ctx.kernels.backward(*_fused.formula_on(ctx.plan, gate), grad, gate, up, _factors(gradients, ctx.gate_first))
+    return gradients
+
+
+def _with_graph(ctx: Any, parts: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients that can be differentiated again, by PyTorch's own nodes."""
+    needed = ctx.needs_input_grad[4:]
     with _stack.hidden():
-        y = plan.function(gate) * up
-        inputs = [t for t, n in zip((gate, up), needed, strict=False) if n]
+        gate, up = _factors(parts, ctx.gate_first)
+        y = ctx.plan.function(gate) * up
+        inputs = [part for part, n in zip(parts, needed, strict=True) if n]
         found = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
-    return next(found) if needed[0] else None, next(found) if needed[1] else None
+    return tuple(next(found) if n else None for n in needed)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import inspect
 import pickle
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,6 +131,22 @@ def test_any_number_of_elements_and_any_dense_strides(n: int) -> None:
         torch.testing.assert_close(d_up, grad * gate * s)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(1, 16), (3, 8), (5, 24), (300, 40)])
+@pytest.mark.parametrize("gate_first", [True, False])
+def test_halves_are_read_and_written_where_they_lie(
+    gate_first: bool, rows: int, columns: int, dtype: torch.dtype
+) -> None:
+    both, grad = (torch.randn(rows, n, device=DEVICE).to(dtype) for n in (2 * columns, columns))
+    gate, up = _gated._factors((both,), gate_first)
+    given = formula("silu", dtype)
+    assert torch.equal(_triton_gated.forward(*given, gate, up), _triton_gated.forward(*given, gate + 0, up + 0))
+    written = torch.full_like(both, 7)
+    _triton_gated.backward(*given, grad, gate, up, _gated._factors((written,), gate_first))
+    apart = _triton_gated.backward(*given, grad, gate + 0, up + 0)
+    assert torch.equal(written, torch.cat(apart if gate_first else apart[::-1], -1))
+
+
 # --- which forwards are gated units ---
 
 
@@ -160,15 +178,83 @@ class OfItself(nn.Module):
         return self.down(self.act(self.gate(x)) * self.up(self))
 
 
+class OfAnother(nn.Module):
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * x.up(x))
+
+
+class TwiceTheSame(nn.Module):
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.gate(x))
+
+
+class AGlobal(nn.Module):
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(other))  # noqa: F821
+
+
+class InThirds(nn.Module):
+    def forward(self, x):
+        gate, up = self.both(x).chunk(3, dim=-1)
+        return self.down(self.drop(self.act(gate) * up))
+
+
+class OneForBoth(nn.Module):
+    def forward(self, x):
+        gate, up = self.both(x).chunk(2, dim=-1)  # noqa: RUF059
+        return self.down(self.drop(self.act(gate) * gate))
+
+
+class TheSecondForBoth(nn.Module):
+    def forward(self, x):
+        gate, gate = self.both(x).chunk(2, dim=-1)
+        return self.down(self.drop(self.act(gate) * gate))
+
+
+class GateLast(nn.Module):
+    """As one of the forms, but for which half is which."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = self.c(hidden)
+        hidden, g = hidden.chunk(2, dim=-1)
+        hidden = self.f(g) * hidden
+        hidden = self.d(hidden)
+        return hidden  # noqa: RET504
+
+
+class GateFirst(nn.Module):
+    def forward(self, hidden: Tensor) -> Tensor:
+        h = self.c(hidden)
+        g, h = h.chunk(2, dim=-1)
+        h = h * self.f(g)
+        return self.d(h)
+
+
 class Defaults(nn.Module):
     def forward(self, x, y=None):
         return self.down(self.act(self.gate(x)) * self.up(y))
 
 
 def test_the_source_says_what_is_a_gated_unit() -> None:
-    assert _gated.unit_of(inspect.unwrap(LlamaMLP.forward)) == ("gate_proj", "act_fn", "up_proj", "down_proj")
-    assert _gated.unit_of(Renamed.forward) == ("w1", "f", "w3", "w2")
-    for cls in (Scaled, Other, Another, OfItself, Defaults, nn.Linear, nn.Sequential, nn.TransformerEncoderLayer):
+    llama = _gated.Unit(gate="gate_proj", act="act_fn", up="up_proj", down=("down_proj",))
+    assert _gated.unit_of(inspect.unwrap(LlamaMLP.forward)) == llama
+    assert _gated.unit_of(Renamed.forward) == _gated.Unit(gate="w1", act="f", up="w3", down=("w2",))
+    assert _gated.unit_of(GateLast.forward) == _gated.Unit(both="c", act="f", down=("d",), gate_first=False)
+    assert _gated.unit_of(GateFirst.forward) == _gated.Unit(both="c", act="f", down=("d",))
+    others = (
+        Scaled,
+        Other,
+        Another,
+        OfItself,
+        OfAnother,
+        TwiceTheSame,
+        AGlobal,
+        InThirds,
+        OneForBoth,
+        TheSecondForBoth,
+        Defaults,
+    )
+    for cls in (*others, nn.Linear, nn.Sequential, nn.TransformerEncoderLayer):
         assert _gated.unit_of(cls.forward) is None
     assert _gated.unit_of(len) is None
     scope: dict[str, Any] = {}
@@ -231,6 +317,132 @@ def test_a_mlp_is_stocks_to_rounding_and_keeps_less(act: str) -> None:
     stock = sum(held_for_backward(module(x), known).values())
     one = 2 * 5 * 40 * 4
     assert stock - held == (0 if act in ("tanh", "sigmoid") else one)
+
+
+def of(model: str, cls: str, **settings: Any) -> nn.Module:
+    """The gated unit of another model of transformers."""
+    module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    settings = {"hidden_size": 24, "intermediate_size": 40, "shared_intermediate_size": 40, **settings}
+    config = SimpleNamespace(hidden_act="silu", hidden_activation="silu", mlp_bias=True, **settings)
+    arguments = ("silu",) if model == "moonshine" else ()
+    torch.manual_seed(0)
+    return getattr(module, cls)(config, *arguments).to(DEVICE)
+
+
+UNITS = {
+    "Qwen2.5-VL": ("qwen2_5_vl", "Qwen2_5_VLMLP"),
+    "Llama": ("llama", "LlamaMLP"),
+    "T5Gemma": ("t5gemma", "T5GemmaMLP"),
+    "Phi-3": ("phi3", "Phi3MLP"),
+    "Granite": ("granitemoeshared", "GraniteMoeSharedMLP"),
+    "ModernBERT": ("modernbert", "ModernBertMLP"),
+    "Moonshine": ("moonshine", "MoonshineDecoderMLP"),
+}
+DROPOUT = {"dropout_rate": 0.2, "mlp_dropout": 0.2}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", UNITS)
+def test_each_form_is_stocks_to_rounding_and_keeps_less(name: str, dtype: torch.dtype) -> None:
+    module, x = of(*UNITS[name], **DROPOUT).to(dtype), inputs(dtype)
+    one = 2 * 5 * 40 * dtype.itemsize
+
+    def step(context: Any) -> tuple[list[Tensor], int]:
+        torch.manual_seed(3)
+        with context:
+            y = module(x)
+        held = sum(held_for_backward(y, [x, *module.parameters()], tables=False).values())
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])], held
+
+    stock, held = step(nullcontext())
+    memory = scope()
+    ours, less = step(memory)
+    assert is_gated(ours[0])
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    for mine, other in zip(ours, stock, strict=True):
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance * float(other.detach().abs().max()))
+    assert held - less >= one  # of a dropout's mask a bit is left
+    row = next(row for row in memory.report().rows if row.activation == "silu")
+    assert (row.how, row.stored_bytes, row.freed_bytes) == ("recomputed", 0, one)
+    parts = 2 if name in ("Phi-3", "Granite", "ModernBERT", "Moonshine") else 1
+    assert row.original_bytes == (parts + 1) * one
+
+
+def test_every_form_is_that_of_a_class_here() -> None:
+    found = {_gated.unit_of(inspect.unwrap(type(of(*UNITS[name], **DROPOUT)).forward)) for name in UNITS}
+    assert None not in found
+    assert len(found) == len(_gated.FORMS) - 1  # two spellings of one
+
+
+@pytest.mark.parametrize("act", ["silu", "tanh"])
+def test_halves_of_a_projection(act: str) -> None:
+    module, x = of("phi3", "Phi3MLP"), inputs()
+    module.activation_fn = hf.activations.ACT2FN[act]
+    with scope() as memory:
+        y = module(x)
+    assert is_gated(y)
+    one = 2 * 5 * 40 * 4  # stock keeps both and the activation's output, for which tanh keeps it too
+    row = next(row for row in memory.report().rows if row.activation == act)
+    assert (row.original_bytes, row.stored_bytes, row.freed_bytes) == (3 * one, 0, one)
+
+    def second(context: Any) -> list[Tensor]:
+        with context:
+            y = module(x)
+        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return list(torch.autograd.grad(first.square().sum(), [x, *module.parameters()]))
+
+    for ours, stock in zip(second(scope()), second(nullcontext()), strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
+    grads = torch.randn(3, *y.shape, device=DEVICE)
+    (batched,) = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)
+    single = torch.stack([torch.autograd.grad(y, x, g, retain_graph=True)[0] for g in grads])
+    torch.testing.assert_close(batched, single)
+
+
+@pytest.mark.filterwarnings("ignore:fewbit_hooks.scope compressed nothing")
+def test_halves_of_a_frozen_projection() -> None:
+    module, x = of("phi3", "Phi3MLP"), inputs()
+    module.gate_up_proj.requires_grad_(False)
+    for ours, stock in zip(gradients(module, x, scope()), gradients(module, x, nullcontext()), strict=True):
+        torch.testing.assert_close(ours, stock, rtol=2e-5, atol=2e-6)
+    with scope():
+        assert not is_gated(module(x.detach()))  # neither factor needs a gradient
+
+
+def laid_otherwise(t: Tensor) -> Tensor:
+    return t.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Phi-3"])
+def test_others_hooks_may_hand_back_other_strides(name: str) -> None:
+    module, x = of(*UNITS[name]), inputs()
+    with torch.autograd.graph.saved_tensors_hooks(laid_otherwise, lambda t: t):
+        found = gradients(module, x, scope())
+    for ours, stock in zip(found, gradients(module, x, nullcontext()), strict=True):
+        torch.testing.assert_close(ours, stock, rtol=2e-5, atol=2e-6)
+
+
+def test_a_whole_model_of_halves_trains_and_holds_less() -> None:
+    config = hf.Phi3Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = hf.Phi3ForCausalLM(config).to(DEVICE)
+    ids, memory = torch.randint(2, 64, (2, 12), device=DEVICE), scope()
+
+    def step(context: Any) -> tuple[list[Tensor], int]:
+        with context:
+            loss = model(input_ids=ids, labels=ids).loss
+        held = sum(held_for_backward(loss, [*model.parameters(), *model.buffers()], tables=False).values())
+        return [loss, *torch.autograd.grad(loss, list(model.parameters()))], held
+
+    stock, held = step(nullcontext())
+    for _ in range(3):
+        ours, less = step(memory)
+    for mine, other in zip(ours, stock, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    assert held - less == 2 * 2 * 12 * 64 * 4
 
 
 def test_the_ledger_counts_what_never_came_to_be() -> None:
@@ -349,6 +561,9 @@ def left_alone() -> dict[str, tuple[nn.Module, Any]]:
         "no bits for silu": (mlp(), scope(bits={"gelu": 3})),
         "smaller than min_bytes": (mlp(), scope(min_bytes=2 * 5 * 40 * 4 + 1)),
         "excluded": (Excluded(), scope(exclude="mlp")),
+        "halves whose rows are no whole groups": (of("phi3", "Phi3MLP", intermediate_size=36), scope()),
+        "small halves": (of("phi3", "Phi3MLP"), scope(min_bytes=2 * 5 * 40 * 4 + 1)),
+        "halves, no bits for silu": (of("moonshine", "MoonshineDecoderMLP"), scope(bits={"gelu": 3})),
     }
 
 

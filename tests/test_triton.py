@@ -60,10 +60,12 @@ for kind in ("fp16", "bf16", "fp32", "fp64"):
         ptx = build(F._forward, constants, x="*" + kind, y="*" + kind, packed="*u8",
                     boundaries=limits, parameters=limits, n="i32", n_bytes="i32")
         assert kind != "bf16" or "cvt.rn.bf16" in ptx  # rounded to the nearest, by the hardware
-        name, data = dict(NAME=name), dict(gate="*" + kind, up="*" + kind, out="*" + kind, parameters=limits, n="i32")
-        build(G._gated_forward, name, **data)
-        data |= dict(grad=data["gate"], d_gate=data["gate"], d_up=data["gate"])
-        build(G._gated_backward, name, **{key: kind for key, kind in data.items() if key != "out"})
+        data = dict(gate="*" + kind, up="*" + kind, out="*" + kind, parameters=limits, n="i32", row="i32")
+        for halves in (False, True):
+            constants = dict(NAME=name, HALVES=halves)
+            build(G._gated_forward, constants, **data)
+            more = dict(grad=data["gate"], d_gate=data["gate"], d_up=data["gate"])
+            build(G._gated_backward, constants, **{key: of for key, of in {**data, **more}.items() if key != "out"})
 build(T._decode_beside, dict(SIDES=False), output="*fp32", packed="*u8", table="*i32", out="*i32", n="i32")
 build(T._encode_lookup, dict(BITS=1), x="*i16", packed="*u8", table="*u8", n="i32", n_bytes="i32")
 build(T._pack, dict(BITS=1), codes="*u8", packed="*u8", n="i32", n_bytes="i32")

@@ -16,6 +16,14 @@ before the product, and grad * up before it is multiplied by f'(gate). f' is tha
     hardswish   x <= -3 ? 0 : x < 3 ? x / 3 + 1/2 : 1
     tanh        1 - y^2, of the rounded y = f(x)
     sigmoid     y (1 - y)
+
+NOTE [ Halves ]
+
+Gate and up may be the two halves of one tensor's last dimension, as `chunk(2, -1)` gives them. Then a row of each lies
+`row` groups of 8 elements apart from the next, and so do their gradients. A group lies in one row, as a row is a whole
+number of groups.
+
+    memory   row 0 of gate | row 0 of up | row 1 of gate | row 1 of up | ...
 """
 
 from __future__ import annotations
@@ -24,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._layout import Layout, in_memory_order
+from ._layout import Layout, in_memory_order, is_dense
 from ._triton import GROUPS, elements, grid, on, round_to
 from ._triton_fused import activation, divide, erf, exp, log1p, tanh
 
@@ -62,24 +70,34 @@ def _slope(x, y, parameters, NAME: tl.constexpr):
 
 
 @triton.jit
-def _gated_forward(gate, up, out, parameters, n, NAME: tl.constexpr, GROUPS: tl.constexpr):
-    _, index = elements(GROUPS)
-    x = tl.load(gate + index, mask=index < n, other=0.0).to(parameters.dtype.element_ty)
-    u = tl.load(up + index, mask=index < n, other=0.0).to(parameters.dtype.element_ty)
+def _apart(group, index, row, HALVES: tl.constexpr):
+    """Where the elements at `index` of a half lie; see NOTE [ Halves ]."""
+    return index + (group // row * row * 8)[:, None] if HALVES else index
+
+
+@triton.jit
+def _gated_forward(gate, up, out, parameters, n, row, NAME: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr):
+    group, index = elements(GROUPS)
+    at = _apart(group, index, row, HALVES)
+    x = tl.load(gate + at, mask=index < n, other=0.0).to(parameters.dtype.element_ty)
+    u = tl.load(up + at, mask=index < n, other=0.0).to(parameters.dtype.element_ty)
     y = round_to(activation(x, parameters, NAME), out).to(parameters.dtype.element_ty)
     tl.store(out + index, round_to(y * u, out), mask=index < n)
 
 
 @triton.jit
-def _gated_backward(grad, gate, up, d_gate, d_up, parameters, n, NAME: tl.constexpr, GROUPS: tl.constexpr):
-    _, index = elements(GROUPS)
+def _gated_backward(
+    grad, gate, up, d_gate, d_up, parameters, n, row, NAME: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr
+):
+    group, index = elements(GROUPS)
+    at = _apart(group, index, row, HALVES)
     g = tl.load(grad + index, mask=index < n, other=0.0).to(parameters.dtype.element_ty)
-    x = tl.load(gate + index, mask=index < n, other=0.0).to(parameters.dtype.element_ty)
-    u = tl.load(up + index, mask=index < n, other=0.0).to(parameters.dtype.element_ty)
+    x = tl.load(gate + at, mask=index < n, other=0.0).to(parameters.dtype.element_ty)
+    u = tl.load(up + at, mask=index < n, other=0.0).to(parameters.dtype.element_ty)
     y = round_to(activation(x, parameters, NAME), gate).to(parameters.dtype.element_ty)
     d_y = round_to(g * u, gate).to(parameters.dtype.element_ty)
-    tl.store(d_up + index, round_to(g * y, gate), mask=index < n)
-    tl.store(d_gate + index, round_to(d_y * _slope(x, y, parameters, NAME), gate), mask=index < n)
+    tl.store(d_up + at, round_to(g * y, gate), mask=index < n)
+    tl.store(d_gate + at, round_to(d_y * _slope(x, y, parameters, NAME), gate), mask=index < n)
 
 
 def forward(name: str, parameters: Tensor, gate: Tensor, up: Tensor) -> Tensor:
@@ -87,31 +105,44 @@ def forward(name: str, parameters: Tensor, gate: Tensor, up: Tensor) -> Tensor:
 
     Args:
         name, parameters: of a formula, as for `_triton_fused.forward`.
-        gate, up: of one shape, dtype and device, dense, with the same strides.
+        gate, up: of one shape, dtype and device; dense, with the same strides, or halves as in NOTE [ Halves ].
     """
     out = Layout.of(gate).empty()
     n = out.numel()
     if n:
+        row, (out_,) = _row(gate), _flat(out)
         with on(out.device):
-            _gated_forward[grid(n)](*_flat(gate, up, out), parameters, n, NAME=name, GROUPS=GROUPS)
+            _gated_forward[grid(n)](
+                *_flat(gate, up, halves=row > 0), out_, parameters, n, row, NAME=name, HALVES=row > 0, GROUPS=GROUPS
+            )
     return out
 
 
-def backward(name: str, parameters: Tensor, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def backward(
+    name: str, parameters: Tensor, grad: Tensor, gate: Tensor, up: Tensor, into: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """The gradients of `forward` for the gate and for `up`.
 
     Args:
         grad: of the gate's shape and dtype; any strides.
+        into: where they are written; they lie as the gate and `up` do. Of halves it must be given.
     """
-    layout = Layout.of(gate)
-    d_gate, d_up = layout.empty(), layout.empty()
-    n = gate.numel()
+    layout, n = Layout.of(gate), gate.numel()
+    d_gate, d_up = into or (layout.empty(), layout.empty())
     if n:
+        row, (grad,) = _row(gate), _flat(layout.like(grad))
         with on(gate.device):
-            tensors = _flat(layout.like(grad.detach()), gate, up, d_gate, d_up)
-            _gated_backward[grid(n)](*tensors, parameters, n, NAME=name, GROUPS=GROUPS)
+            _gated_backward[grid(n)](
+                grad, *_flat(gate, up, d_gate, d_up, halves=row > 0), parameters, n, row,
+                NAME=name, HALVES=row > 0, GROUPS=GROUPS,
+            )  # fmt: skip
     return d_gate, d_up
 
 
-def _flat(*tensors: Tensor) -> list[Tensor]:
-    return [in_memory_order(t.detach()) for t in tensors]
+def _row(gate: Tensor) -> int:
+    """The groups in a row of a half; 0 where the gate is dense by itself."""
+    return 0 if is_dense(gate) else gate.shape[-1] // 8
+
+
+def _flat(*tensors: Tensor, halves: bool = False) -> list[Tensor]:
+    return [t.detach() if halves else in_memory_order(t.detach()) for t in tensors]
