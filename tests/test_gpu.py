@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -245,6 +246,28 @@ def test_the_fused_gradient_is_that_of_the_hooks(name: str, dtype: torch.dtype) 
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FUSED)
+def test_the_fused_gradient_beside_a_kept_output_is_that_of_the_hooks(name: str, dtype: torch.dtype) -> None:
+    class Kept(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = FUSED[name](x * 1)
+            return y * y
+
+    module, x = Kept(), torch.randn(70_001, device="cuda").mul_(3).to(dtype).requires_grad_()
+    grads = []
+    for engine in ("fused", "hooks"):
+        opened = fewbit.scope(bits=3, min_bytes=0, engine=engine)
+        for _ in range(3):  # that the output is kept is learned
+            with opened:
+                y = module(x)
+            (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        grads.append(grad)
+    tolerance = {torch.float16: 4e-3, torch.bfloat16: 3.2e-2}.get(dtype, 1e-4)
+    torch.testing.assert_close(*grads, rtol=tolerance, atol=tolerance)
+
+
+@needs_triton
 @pytest.mark.parametrize("name", FUSED)
 def test_under_autocast_the_output_has_the_dtype_that_it_had(name: str) -> None:
     x = torch.randn(4096, device="cuda", dtype=torch.bfloat16).requires_grad_()
@@ -257,12 +280,13 @@ def test_under_autocast_the_output_has_the_dtype_that_it_had(name: str) -> None:
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("act", ["silu", "gelu", "gelu_pytorch_tanh", "mish", "tanh", "sigmoid"])
-def test_a_gated_unit_is_stocks_to_rounding(act: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("model", ["llama", "phi3"])
+def test_a_gated_unit_is_stocks_to_rounding(model: str, act: str, dtype: torch.dtype) -> None:
     hf = pytest.importorskip("transformers", reason="transformers is not installed")
-    from transformers.models.llama.modeling_llama import LlamaMLP
-
     config = hf.LlamaConfig(hidden_size=64, intermediate_size=136, num_attention_heads=2, hidden_act=act)
-    module, x = LlamaMLP(config).to("cuda", dtype), torch.randn(7, 64, device="cuda").to(dtype).requires_grad_()
+    modeling = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    module = getattr(modeling, {"llama": "LlamaMLP", "phi3": "Phi3MLP"}[model])(config).to("cuda", dtype)
+    x = torch.randn(7, 64, device="cuda").to(dtype).requires_grad_()
     with fewbit.scope(engine="fused", min_bytes=0) as memory:
         y = module(x)
     assert [row.how for row in memory.report().rows] == ["recomputed"]

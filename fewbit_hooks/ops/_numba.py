@@ -68,6 +68,15 @@ def _encode_lookup(values, table, bits, packed):
 
 
 @compiled
+def _first(x):
+    """The first that is not 0; 0 where there is none."""
+    for v in x:
+        if v != 0:
+            return v
+    return x.dtype.type(0)
+
+
+@compiled
 def _encode_mask(x, other, packed):
     """Whether each element is 0 or the other value."""
     third = np.uint8(0)
@@ -174,8 +183,8 @@ def encode_two_values(x: Tensor) -> tuple[Tensor, int] | None:
     other = 0
     for begin, chunk in chunks(as_integers(x.detach())):
         values, codes = chunk.numpy(), packed.numpy()[begin // 8 :]
-        other = other or max(int(values[values.argmax()]), 0)
-        if not all(_share(values.size, functools.partial(_encode_mask_piece, values, other, codes))):
+        other = other or int(_first(values))
+        if other < 0 or not all(_share(values.size, functools.partial(_encode_mask_piece, values, other, codes))):
             return None
     return packed, other
 
