@@ -52,6 +52,7 @@ class Inverse:
         self._function = function
         self._derivative = derivative
         self.minimum = minimum
+        self._side = ops.Above(minimum) if minimum is not None else None
         self._tables: dict[tuple[torch.dtype, torch.dtype, torch.device], list[Tensor | None]] = {}
         self._slopes: dict[tuple[torch.dtype, torch.dtype, torch.device], Tensor] = {}
 
@@ -60,10 +61,11 @@ class Inverse:
         """Bits an element that must be kept beside the output."""
         return 0 if self.minimum is None else 1
 
-    def side(self, x: Tensor) -> Tensor:
-        """The bit: right of the minimum. A coder, as `ops.encode` takes it."""
-        assert self.minimum is not None
-        return ops.compare(lambda v: v > self.minimum, x)
+    @property
+    def side(self) -> ops.Above:
+        """The bit: right of the minimum."""
+        assert self._side is not None
+        return self._side
 
     def standins(self, k: int, output: Tensor, packed: Tensor | None, layout: ops.Layout) -> Tensor:
         """What to hand the node for the k-th tensor that the call saves."""

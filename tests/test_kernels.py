@@ -129,6 +129,20 @@ def test_boundaries_that_are_no_float32_numbers_are_applied_exactly(
     assert torch.equal(kernels.encode(x, 1, coder), ops.pack_bits(codes, 1))
 
 
+@pytest.mark.parametrize("boundary", [-0.7517916, 0.1, 1e-50, -1e300, 3.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_above_a_boundary_is_told_exactly(kernels: Kernels, dtype: torch.dtype, boundary: float) -> None:
+    x = hard_values(np.array([boundary]), dtype)
+    for n in (len(x), len(x) // 8 * 8):
+        above = ops.pack_bits(x[:n].double() > boundary, 1)
+        assert torch.equal(kernels.encode(x[:n], 1, ops.Above(boundary)), above)
+        assert torch.equal(_torch.encode(x[:n], 1, ops.Above(boundary)), above)
+    views = x[: n // 2 * 2].view(2, -1).t(), x[::3]
+    for view in views:
+        coder = ops.Above(boundary)
+        assert torch.equal(kernels.encode(view, 1, coder), _torch.encode(view, 1, coder))
+
+
 @pytest.mark.parametrize("bits", [1, 3, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", views())

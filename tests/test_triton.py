@@ -49,6 +49,7 @@ for kind in ("fp16", "bf16", "fp32", "fp64"):
         build(T._decode, dict(BITS=bits), packed="*u8", values=size, out=size, n=sizes["n"], stride="i32")
         data = dict(grad="*" + kind, packed="*u8", out="*" + kind, n=sizes["n"])
         build(T._multiply, dict(BITS=bits), values=limits, stride="i32", **data)
+    build(T._encode_above, {}, x="*" + kind, packed="*u8", limit=limits, n="i32", n_bytes="i32")
     build(T._encode_not_zero, {}, x=size, packed="*u8", n="i32", n_bytes="i32")
     build(T._decode, dict(BITS=1), packed="*u8", values="*i8", out="*" + kind, n="i32", stride="i32")
     output = "*i16" if kind == "bf16" else "*" + kind

@@ -137,6 +137,28 @@ class Thresholds:
         return self._lookups[dtype, device], scale
 
 
+class Above:
+    """The coder of one boundary, at 1 bit: whether an element is above it. NaN is not.
+
+    >>> Above(0.5)(torch.tensor([0.5, 1.0, torch.nan]))
+    tensor([False,  True, False])
+
+    (measured, one core, float32) a comparison takes half the time of a look-up; a loop of numba's would take as long.
+    """
+
+    def __init__(self, boundary: float) -> None:
+        self._boundary = Thresholds([boundary])
+
+    def __call__(self, chunk: Tensor) -> Tensor:
+        """The codes of a chunk."""
+        limit = float(self.limits(chunk.dtype, torch.device("cpu")))
+        return compare(lambda v: v > limit, chunk)
+
+    def limits(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """As `Thresholds.limits`: what is above the one is above the other."""
+        return self._boundary.limits(dtype, device)
+
+
 def sixteen_bits(chunk: Tensor, scale: float = 1.0) -> Tensor:
     """The bits of 16-bit floats, uint16: a bfloat16's own; of any other dtype, times the scale, those of its float16.
 

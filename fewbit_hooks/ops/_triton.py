@@ -39,7 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._beside import in_order_of
-from ._coders import Coder, Lookup, Thresholds
+from ._coders import Above, Coder, Lookup, Thresholds
 from ._layout import INTEGERS, Layout, chunks, computed_in, in_memory_order, is_dense
 from ._torch import packed_bytes
 from ._two_values import encode_two_values as encode_two_values  # no kernel would spare the host the waiting
@@ -111,6 +111,13 @@ def _encode_thresholds(
     group, index = elements(GROUPS)
     v = tl.load(x + index, mask=index < n, other=0.0).to(boundaries.dtype.element_ty)
     store_packed(packed, group, code_of(v, boundaries, BITS, FOLDED), index, n, n_bytes, BITS)
+
+
+@triton.jit(do_not_specialize=["n_bytes"])
+def _encode_above(x, packed, limit, n, n_bytes, GROUPS: tl.constexpr):
+    group, index = elements(GROUPS)
+    v = tl.load(x + index, mask=index < n, other=0.0).to(limit.dtype.element_ty)
+    store_packed(packed, group, tl.where(v > tl.load(limit), 1, 0), index, n, n_bytes, 1)
 
 
 @triton.jit(do_not_specialize=["n_bytes"])
@@ -223,8 +230,8 @@ def grid(n: int) -> tuple[int]:
 def encode(x: Tensor, bits: int, coder: Coder) -> Tensor:
     """As `_torch.encode`, byte for byte.
 
-    A coder that is neither a `Thresholds`, a `Lookup` nor `not_zero` is a predicate in plain torch: it is run chunk by
-    chunk, and what it gives is packed here.
+    A coder that is neither a `Thresholds`, an `Above`, a `Lookup` nor `not_zero` is a predicate in plain torch: it is
+    run chunk by chunk, and what it gives is packed here.
     """
     packed = torch.empty(packed_bytes(x.numel(), bits), dtype=torch.uint8, device=x.device)
     x = x.detach()
@@ -310,6 +317,8 @@ def _pieces(x: Tensor, whole: bool) -> Any:
 def _is_known(coder: Coder, dtype: torch.dtype, bits: int) -> bool:
     if isinstance(coder, Thresholds):
         return dtype in FLOATS and coder.count == (1 << bits) - 1
+    if isinstance(coder, Above):
+        return dtype in FLOATS and bits == 1
     return isinstance(coder, Lookup) or (coder is not_zero and bits == 1)
 
 
@@ -321,6 +330,9 @@ def _encode_piece(piece: Tensor, bits: int, coder: Coder, packed: Tensor) -> Non
     elif isinstance(coder, Thresholds):
         limits = coder.limits(piece.dtype, piece.device)
         _encode_thresholds[grid(n)](piece, packed, limits, n, n_bytes, BITS=bits, FOLDED=coder.folded, GROUPS=GROUPS)
+    elif isinstance(coder, Above):
+        limit = coder.limits(piece.dtype, piece.device)
+        _encode_above[grid(n)](piece, packed, limit, n, n_bytes, GROUPS=GROUPS)
     elif isinstance(coder, Lookup):
         _encode_lookup[grid(n)](piece.view(torch.int16), packed, coder.table, n, n_bytes, BITS=bits, GROUPS=GROUPS)
     else:
