@@ -224,7 +224,12 @@ def _fuses(entry: Any) -> bool:
 def _run(entry: _stack.Entry, unit: Unit, forward: Any, module: nn.Module, x: Any) -> Any:
     exclude = entry.scope._settings.exclude
     # a checkpoint, say, must see the same saved tensors in the same order when it runs again: look before any is made
-    if not isinstance(x, Tensor) or _policy.obstacle(x, entry.hooks) or (exclude and exclude.here()):
+    if (
+        not isinstance(x, Tensor)
+        or _policy.obstacle(x, entry.hooks)
+        or (exclude and exclude.here())
+        or ops.gated_backend(x.device).kernels is None
+    ):
         return forward(module, x)
     act = getattr(module, unit.act)
     seen = _seen_in(act)
