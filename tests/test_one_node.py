@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +46,15 @@ OTHERS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 OURS = "_CodedBackward"
 FLOATS = [torch.float32, torch.float64]
+
+
+class Called(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
 
 
 class Kept(nn.Module):
@@ -169,15 +179,6 @@ def test_what_is_kept_and_counted_is_what_the_hooks_keep_and_count(name: str, ke
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
-class Called(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
 @pytest.mark.parametrize("kept", [True, False])
 def test_gradients_by_the_batch(kept: bool) -> None:
     module, x, weight = Kept(F.silu), torch.randn(8, 16), torch.randn(8, 16)
@@ -231,8 +232,6 @@ def test_nothing_of_it_is_left_when_the_graph_is_gone() -> None:
     try:
         with fewbit.scope(3, min_bytes=0, engine="fused"):
             y = F.gelu(x * 1)
-        import weakref
-
         node = weakref.ref(y.grad_fn)
         y.sum().backward()
         del y
