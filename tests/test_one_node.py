@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fewbit_hooks as fewbit
-from fewbit_hooks import ops
+from fewbit_hooks import _plan, _sites, ops
 
 from .conftest import held_for_backward, quiet
 
@@ -177,6 +177,32 @@ def test_what_is_kept_and_counted_is_what_the_hooks_keep_and_count(name: str, ke
     assert books == same_books
     for mine, other in zip(gradients, others, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_an_output_that_nobody_else_keeps_any_more_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sites, "LOOK_AGAIN", 3)
+    model = nn.Sequential(nn.Linear(32, 64), Called(F.gelu), nn.Linear(64, 8))
+    opened, found = fewbit.scope(3, min_bytes=0, engine="fused"), []
+    for step in range(12):
+        if step == 4:
+            model[2] = nn.Flatten(0)  # which keeps nothing
+        with opened:
+            y = model(torch.randn(16, 32))
+        found.append(opened.report().rows[0].bits)
+        y.sum().backward()
+    assert (found[0], found[3], found[-1]) == (3, 1, 3)
+
+
+def test_what_holds_no_finite_numbers_is_kept() -> None:
+    x = torch.randn(64, 64)
+    x[3, 4] = float("inf")
+    leaf = x.requires_grad_()
+    with quiet(engine="fused") as memory:
+        y = F.silu(leaf * 1)
+    assert y.grad_fn.name() != OURS
+    assert [(row.bits, row.reason) for row in memory.report().rows] == [(None, _plan.NOT_FINITE)]
+    (grad,) = torch.autograd.grad(y.sum(), leaf)
+    assert grad.isnan().sum() == 1
 
 
 @pytest.mark.parametrize("kept", [True, False])
