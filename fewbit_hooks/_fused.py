@@ -98,15 +98,11 @@ def forward_of(plan: Plan, x: Tensor) -> Callable[[], tuple[Tensor, Tensor]] | N
 
 def kernels_for(plan: Plan, x: Tensor) -> ModuleType | None:
     """The kernels, where they serve; see the note above."""
-    if plan.codebook is None or plan.inplace or plan.thresholds is None:
+    if plan.thresholds is None or plan.inplace or plan.is_cast(x.device) or not ops.is_dense(x):
         return None
     if plan not in _parameters:
         _parameters[plan] = _Parameters(formula_of(plan.activation.name, plan.parameters))
     if _parameters[plan].formula is None or plan.thresholds.count != (1 << plan.bits) - 1:
-        return None
-    if plan.activation.name == "softplus" and torch.is_autocast_enabled(x.device.type):
-        return None  # autocast runs it in float32
-    if not ops.is_dense(x):
         return None
     return ops.fused_backend(x.device).kernels
 

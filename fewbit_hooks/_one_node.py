@@ -41,13 +41,10 @@ from ._sites import Site, Verdict, Watch
 
 def serves(plan: Plan, x: Tensor, inverse: Inverse | Itself | None) -> bool:
     """Whether a call that is one node of PyTorch's can be one of ours; see the note above."""
-    activation = plan.activation
-    if plan.codebook is None or plan.inplace or activation.saves == "several" or type(x) is not Tensor:
+    if plan.codebook is None or plan.inplace or plan.activation.saves == "several" or plan.is_cast(x.device):
         return False
-    if isinstance(inverse, Itself):
+    if type(x) is not Tensor or isinstance(inverse, Itself):
         return False
-    if activation.name == "softplus" and torch.is_autocast_enabled(x.device.type):
-        return False  # autocast runs it in float32: what is saved is no tensor of the caller's
     if ops.multiplied_in(x.dtype, x.device) != ops.computed_in(x.dtype):
         return False
     bits = plan.bits if inverse is None else inverse.bits
@@ -66,7 +63,7 @@ class _Call:
     site: Site | None
     inverse: Inverse | None
     fused: Callable[[], tuple[Tensor, Tensor]] | None
-    saves_output: bool
+    in_primitives: bool
     never_kept: int
 
 
@@ -92,14 +89,8 @@ def run_coded(
         in_primitives: the forward is not one node of PyTorch's.
         never_kept: bytes that its primitives would have saved beside the input.
     """
-    saves_output = not in_primitives and plan.activation.saves == "output"
-    call = _Call(plan, ledger, run, site, inverse, fused, saves_output, never_kept)
+    call = _Call(plan, ledger, run, site, inverse, fused, in_primitives, never_kept)
     y: Tensor = _Coded.apply(x, call)  # type: ignore[no-untyped-call]
-    if site is not None:
-        beside = [] if inverse is None else [y.grad_fn.beside]  # type: ignore[union-attr]
-        treated = Verdict.OUTPUT if beside else Verdict.CODES
-        saved = y if saves_output else x
-        ledger.watch(Watch(site, [StorageWeakRef(saved.untyped_storage())], y, treated, beside))
     return y
 
 
@@ -125,8 +116,12 @@ class _Coded(torch.autograd.Function):
             row = ledger.row(name, inverse.bits, how=OUTPUT, site=call.site)
             ctx.beside, ctx.flag = Beside(codes, inverse.slope, layout, name, ledger.step), None
             ctx.beside.rely_on(y)
-        ledger.original(row, y if call.saves_output else x)
+        saved = y if plan.activation.saves == "output" and not call.in_primitives else x
+        ledger.original(row, saved)
         ledger.stored(row, nbytes(codes) + nbytes(ctx.flag), never_kept=call.never_kept)
+        if call.site is not None:
+            treated, beside = (Verdict.CODES, []) if inverse is None else (Verdict.OUTPUT, [ctx.beside])
+            ledger.watch(Watch(call.site, [StorageWeakRef(saved.untyped_storage())], y, treated, beside))
         ctx.plan, ctx.layout, ctx.inverse, ctx.step = plan, layout, inverse, ledger.step
         return y
 
@@ -149,12 +144,11 @@ def _from_codes(ctx: Any, grad: Tensor) -> Tensor:
 
 def _from_output(ctx: Any, grad: Tensor) -> Tensor:
     beside, layout = ctx.beside, ctx.layout
-    y = beside.relied_on()
     with torch._C.DisableTorchFunction():
         if _is_like(grad, layout):
-            product: Tensor = ctx.inverse.product(grad, y, beside.packed, layout)
+            product: Tensor = ctx.inverse.product(grad, beside.relied_on(), beside.packed, layout)
             return product
-        return _product(ctx.inverse.slope(y, beside.packed, layout), grad)
+        return _product(beside.unpack(), grad)
 
 
 def _is_like(grad: Tensor, layout: ops.Layout) -> bool:

@@ -150,6 +150,10 @@ class Plan:
             self._is_not_a_number = bool(slope[0]), bool(slope[1:].any())
         return self._is_not_a_number
 
+    def is_cast(self, device: torch.device) -> bool:
+        """Whether autocast runs the call in float32, so that what it saves is no tensor of the caller's."""
+        return self.activation.name == "softplus" and torch.is_autocast_enabled(device.type)
+
     def level_rows(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The decoding table of the derivative itself, for a call that is one node of ours."""
         assert self.codebook is not None

@@ -224,9 +224,15 @@ def decode_beside(output: Tensor, packed: Tensor | None, table: Tensor, layout: 
     return out
 
 
+def _multiplying(device: torch.device) -> ModuleType | None:
+    """The kernels, where they multiply: Triton's."""
+    kernels = backend(device).kernels
+    return kernels if hasattr(kernels, "multiply") else None
+
+
 def multiplied_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which `multiply` and `multiply_beside` take what they multiply by, and compute."""
-    return computed_in(dtype) if hasattr(backend(device).kernels, "multiply") else dtype
+    return dtype if _multiplying(device) is None else computed_in(dtype)
 
 
 def multiply(grad: Tensor, packed: Tensor, rows: Tensor, bits: int, layout: Layout) -> Tensor:
@@ -242,8 +248,8 @@ def multiply(grad: Tensor, packed: Tensor, rows: Tensor, bits: int, layout: Layo
         packed, bits: as for `decode`.
         rows: what `rows` made of the factors, in the dtype `multiplied_in`.
     """
-    kernels = backend(packed.device).kernels
-    if kernels is not None and hasattr(kernels, "multiply"):
+    kernels = _multiplying(packed.device)
+    if kernels is not None:
         out: Tensor = kernels.multiply(grad, packed, rows, bits, layout)
         return out
     # (measured, CPU, 2 cores) one loop of numba's for both, on one core, is slower from 2**20 elements on
@@ -258,8 +264,8 @@ def multiply_beside(grad: Tensor, output: Tensor, packed: Tensor | None, table: 
         output, packed: as for `decode_beside`.
         table: the same, in the dtype `multiplied_in`.
     """
-    kernels = backend(output.device).kernels
-    if kernels is not None and hasattr(kernels, "multiply"):
+    kernels = _multiplying(output.device)
+    if kernels is not None:
         out: Tensor = kernels.multiply_beside(grad, output, packed, table, layout)
         return out
     return decode_beside(output, packed, table, layout).mul_(grad)

@@ -36,7 +36,7 @@ from . import _beside, _torch, _two_values
 from ._beside import in_order_of
 from ._coders import Coder, Lookup, Thresholds, sixteen_bits
 from ._layout import INTEGERS, Layout, chunks
-from ._torch import packed_bytes
+from ._torch import in_a_row, packed_bytes
 from ._two_values import as_integers
 
 if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
@@ -196,7 +196,7 @@ def _encode_mask_piece(values: Any, other: int, codes: Any, start: int, stop: in
 
 def decode(packed: Tensor, rows: Tensor, bits: int, layout: Layout) -> Tensor:
     """As `_torch.decode`, bit for bit; and by that where an index of a row is a byte or two, which its gather reads."""
-    in_row = (rows.numel().bit_length() - 1) // bits
+    in_row = in_a_row(rows, bits)
     n = math.prod(layout.shape)
     if bits in (2, 4, 8) or n % 8:
         return _torch.decode(packed, rows, bits, layout)

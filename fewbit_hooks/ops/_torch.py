@@ -149,6 +149,15 @@ def rows(values: Tensor, bits: int) -> Tensor:
     return values.detach()[codes].view(_ROW_DTYPES[in_row * size]).view(-1)
 
 
+def in_a_row(rows: Tensor, bits: int) -> int:
+    """How many values there are in each of the rows that `rows` made.
+
+    >>> in_a_row(rows(torch.zeros(8), 3), 3)
+    4
+    """
+    return (rows.numel().bit_length() - 1) // bits
+
+
 def decode(packed: Tensor, rows: Tensor, bits: int, layout: Layout) -> Tensor:
     """A tensor of the given layout that holds each code's stand-in.
 
@@ -241,7 +250,7 @@ def _indices_of_few(packed: NDArray[np.uint8], bits: int, in_row: int) -> NDArra
 
 def _decode_groups(packed: Tensor, rows: Tensor, bits: int, out: Tensor) -> None:
     """Decode whole groups: `bits` bytes of `packed` for every 8 elements of `out`."""
-    in_row = (rows.numel().bit_length() - 1) // bits
+    in_row = in_a_row(rows, bits)
     if rows.element_size() < in_row * out.element_size():
         integers = torch.empty(out.numel(), dtype=torch.int8, device=out.device)
         _decode_groups(packed, rows, bits, integers)

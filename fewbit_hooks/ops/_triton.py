@@ -41,7 +41,7 @@ from torch import Tensor
 from ._beside import in_order_of
 from ._coders import Above, Coder, Lookup, Thresholds
 from ._layout import INTEGERS, Layout, chunks, computed_in, in_memory_order, is_dense
-from ._torch import packed_bytes
+from ._torch import in_a_row, packed_bytes
 from ._two_values import encode_two_values as encode_two_values  # no kernel would spare the host the waiting
 from ._two_values import not_zero
 
@@ -246,7 +246,7 @@ def decode(packed: Tensor, rows: Tensor, bits: int, layout: Layout) -> Tensor:
     out = layout.empty()
     n = out.numel()
     if n:
-        in_row = (rows.numel().bit_length() - 1) // bits
+        in_row = in_a_row(rows, bits)
         small = rows.element_size() < in_row * out.element_size()  # rows of int8, to be converted
         values = rows.view(torch.int8 if small else INTEGERS[out.element_size()])
         flat = out.as_strided((n,), (1,))
@@ -262,7 +262,7 @@ def multiply(grad: Tensor, packed: Tensor, rows: Tensor, bits: int, layout: Layo
     out = layout.empty()
     n = out.numel()
     if n:
-        in_row = (rows.numel().bit_length() - 1) // bits
+        in_row = in_a_row(rows, bits)
         grad, values = layout.like(grad.detach()), rows.view(computed_in(layout.dtype))
         with on(out.device):
             _multiply[grid(n)](
@@ -304,7 +304,8 @@ def _outputs(
     """Pieces of an output, with their sides: where each starts, and its length."""
     for start, piece in _pieces(in_order_of(layout, output.detach()), whole=True):
         y = piece.view(torch.int16) if piece.dtype == torch.bfloat16 else piece
-        yield start, y, packed[start // 8 :] if packed is not None else table, piece.numel()  # a table is not read
+        side = packed[start // 8 :] if packed is not None else table  # not read where there are no sides
+        yield start, y, side, piece.numel()
 
 
 def _pieces(x: Tensor, whole: bool) -> Any:

@@ -28,6 +28,7 @@ number of groups.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -110,10 +111,10 @@ def forward(name: str, parameters: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     out = Layout.of(gate).empty()
     n = out.numel()
     if n:
-        row, (out_,) = _row(gate), _flat(out)
+        row, whole = _row(gate), in_memory_order(out)
         with on(out.device):
             _gated_forward[grid(n)](
-                *_flat(gate, up, halves=row > 0), out_, parameters, n, row, NAME=name, HALVES=row > 0, GROUPS=GROUPS
+                *_flat(row, gate, up), whole, parameters, n, row, NAME=name, HALVES=row > 0, GROUPS=GROUPS
             )
     return out
 
@@ -125,15 +126,15 @@ def backward(
 
     Args:
         grad: of the gate's shape and dtype; any strides.
-        into: where they are written; they lie as the gate and `up` do. Of halves it must be given.
+        into: where they are written; they lie as the gate and `up` do.
     """
-    layout, n = Layout.of(gate), gate.numel()
-    d_gate, d_up = into or (layout.empty(), layout.empty())
+    n = gate.numel()
+    d_gate, d_up = into or (_lying_as(gate), _lying_as(up))
     if n:
-        row, (grad,) = _row(gate), _flat(layout.like(grad))
+        row, grad = _row(gate), in_memory_order(Layout.of(gate).like(grad.detach()))
         with on(gate.device):
             _gated_backward[grid(n)](
-                grad, *_flat(gate, up, d_gate, d_up, halves=row > 0), parameters, n, row,
+                grad, *_flat(row, gate, up, d_gate, d_up), parameters, n, row,
                 NAME=name, HALVES=row > 0, GROUPS=GROUPS,
             )  # fmt: skip
     return d_gate, d_up
@@ -144,5 +145,9 @@ def _row(gate: Tensor) -> int:
     return 0 if is_dense(gate) else gate.shape[-1] // 8
 
 
-def _flat(*tensors: Tensor, halves: bool = False) -> list[Tensor]:
-    return [t.detach() if halves else in_memory_order(t.detach()) for t in tensors]
+def _lying_as(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+
+
+def _flat(row: int, *tensors: Tensor) -> list[Tensor]:
+    return [t.detach() if row else in_memory_order(t.detach()) for t in tensors]
