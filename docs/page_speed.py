@@ -44,9 +44,9 @@ LESSONS = """\
 - **Few bits** cost least where the output is kept anyway (one bit), and are what helps under frozen layers without
   adapters. Where something behind the activation can be computed again, keeping the input is smaller, and exact.
 - **Compiled**, three bits cost 0 to 2 % beside the compiled model without a scope (the launch-bound one 7 %), and the
-  graph keeps a fifth less (ViT, GPT-2, RoBERTa). Nothing is learned there,
-  so that the gradients have the error of 3 bits where an eager scope has that of one bit beside the output. Llama's
-  compiled graph keeps the SwiGLU's inputs for the product anyway.
+  graph keeps a fifth less (ViT, GPT-2, RoBERTa). Nothing is learned there, so that the gradients have the error of 3
+  bits where an eager scope has that of one bit beside the output. Llama's compiled graph keeps the SwiGLU's inputs for
+  the product anyway.
 - **Where nothing helps** (ResNet) a learned scope costs nothing.
 - **Cheap models pay most**: a coded call costs some tenths of a millisecond of Python, forward and backward.
   MobileNetV2, which makes 35 of them in a step of 0.2 s at 160 x 160 pixels, takes about a tenth longer on the CPU; at

@@ -322,11 +322,13 @@ def test_a_mlp_is_stocks_to_rounding_and_keeps_less(act: str) -> None:
 def of(model: str, cls: str, **settings: Any) -> nn.Module:
     """The gated unit of another model of transformers."""
     module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
-    settings = {"hidden_size": 24, "intermediate_size": 40, "shared_intermediate_size": 40, **settings}
-    config = SimpleNamespace(hidden_act="silu", hidden_activation="silu", mlp_bias=True, **settings)
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "shared_intermediate_size": 40}
+    acts = {"hidden_act": "silu", "hidden_activation": "silu"}
     arguments = ("silu",) if model == "moonshine" else ()
     torch.manual_seed(0)
-    return getattr(module, cls)(config, *arguments).to(DEVICE)
+    return getattr(module, cls)(SimpleNamespace(**{**sizes, **acts, "mlp_bias": True, **settings}), *arguments).to(
+        DEVICE
+    )
 
 
 UNITS = {
@@ -374,31 +376,6 @@ def test_every_form_is_that_of_a_class_here() -> None:
     assert len(found) == len(_gated.FORMS) - 1  # two spellings of one
 
 
-@pytest.mark.parametrize("act", ["silu", "tanh"])
-def test_halves_of_a_projection(act: str) -> None:
-    module, x = of("phi3", "Phi3MLP"), inputs()
-    module.activation_fn = hf.activations.ACT2FN[act]
-    with scope() as memory:
-        y = module(x)
-    assert is_gated(y)
-    one = 2 * 5 * 40 * 4  # stock keeps both and the activation's output, for which tanh keeps it too
-    row = next(row for row in memory.report().rows if row.activation == act)
-    assert (row.original_bytes, row.stored_bytes, row.freed_bytes) == (3 * one, 0, one)
-
-    def second(context: Any) -> list[Tensor]:
-        with context:
-            y = module(x)
-        (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        return list(torch.autograd.grad(first.square().sum(), [x, *module.parameters()]))
-
-    for ours, stock in zip(second(scope()), second(nullcontext()), strict=True):
-        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
-    grads = torch.randn(3, *y.shape, device=DEVICE)
-    (batched,) = torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True)
-    single = torch.stack([torch.autograd.grad(y, x, g, retain_graph=True)[0] for g in grads])
-    torch.testing.assert_close(batched, single)
-
-
 @pytest.mark.filterwarnings("ignore:fewbit_hooks.scope compressed nothing")
 def test_halves_of_a_frozen_projection() -> None:
     module, x = of("phi3", "Phi3MLP"), inputs()
@@ -422,42 +399,26 @@ def test_others_hooks_may_hand_back_other_strides(name: str) -> None:
         torch.testing.assert_close(ours, stock, rtol=2e-5, atol=2e-6)
 
 
-def test_a_whole_model_of_halves_trains_and_holds_less() -> None:
-    config = hf.Phi3Config(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=64, pad_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = hf.Phi3ForCausalLM(config).to(DEVICE)
-    ids, memory = torch.randint(2, 64, (2, 12), device=DEVICE), scope()
-
-    def step(context: Any) -> tuple[list[Tensor], int]:
-        with context:
-            loss = model(input_ids=ids, labels=ids).loss
-        held = sum(held_for_backward(loss, [*model.parameters(), *model.buffers()], tables=False).values())
-        return [loss, *torch.autograd.grad(loss, list(model.parameters()))], held
-
-    stock, held = step(nullcontext())
-    for _ in range(3):
-        ours, less = step(memory)
-    for mine, other in zip(ours, stock, strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
-    assert held - less == 2 * 2 * 12 * 64 * 4
+@pytest.mark.parametrize(
+    ("name", "act", "original", "stored"),
+    # tanh keeps its output alone; of halves stock keeps both anyway, and the activation's output
+    [("Llama", "silu", 2, 0), ("Llama", "tanh", 1, 1), ("Phi-3", "silu", 3, 0), ("Phi-3", "tanh", 3, 0)],
+)
+def test_the_ledger_counts_what_never_came_to_be(name: str, act: str, original: int, stored: int) -> None:
+    with scope() as memory:
+        y = of(*UNITS[name], hidden_act=act)(inputs())
+    assert is_gated(y)
+    (row,) = [row for row in memory.report().rows if row.activation == act]
+    one = 2 * 5 * 40 * 4
+    assert row.how == "recomputed"
+    assert (row.original_bytes, row.stored_bytes, row.freed_bytes) == (original * one, stored * one, one)
+    y.sum().backward()
 
 
-def test_the_ledger_counts_what_never_came_to_be() -> None:
-    for act, original, stored in (("silu", 2, 0), ("tanh", 1, 1)):  # tanh keeps its output alone
-        with scope() as memory:
-            y = mlp(act)(inputs())
-        (row,) = [row for row in memory.report().rows if row.activation == act]
-        one = 2 * 5 * 40 * 4
-        assert row.how == "recomputed"
-        assert (row.original_bytes, row.stored_bytes, row.freed_bytes) == (original * one, stored * one, one)
-        y.sum().backward()
-
-
-def test_double_backward_is_stocks() -> None:
-    module, x = mlp(), inputs()
+@pytest.mark.parametrize("act", ["silu", "tanh"])
+@pytest.mark.parametrize("name", ["Llama", "Phi-3"])
+def test_double_backward_is_stocks(name: str, act: str) -> None:
+    module, x = of(*UNITS[name], hidden_act=act), inputs()
 
     def second(context: Any) -> list[Tensor]:
         with context:
@@ -469,8 +430,10 @@ def test_double_backward_is_stocks() -> None:
         torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5)
 
 
-def test_batched_gradients_are_those_of_one_at_a_time() -> None:
-    module, x = mlp(), inputs()
+@pytest.mark.parametrize("act", ["silu", "tanh"])
+@pytest.mark.parametrize("name", ["Llama", "Phi-3"])
+def test_batched_gradients_are_those_of_one_at_a_time(name: str, act: str) -> None:
+    module, x = of(*UNITS[name], hidden_act=act), inputs()
     with scope():
         y = module(x)
     grads = torch.randn(3, *y.shape, device=DEVICE)
@@ -678,28 +641,31 @@ def test_in_a_compiled_graph_it_is_left_to_the_compiler() -> None:
     y.sum().backward()
 
 
-def test_a_model_trains_and_holds_less() -> None:
-    config = hf.Qwen2Config(
+@pytest.mark.parametrize("name", ["Qwen2", "Phi3"])
+def test_a_model_trains_and_holds_less(name: str) -> None:
+    config = getattr(hf, f"{name}Config")(
         vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2,
+        num_key_value_heads=2, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = hf.Qwen2ForCausalLM(config).to(DEVICE)
-    tokens = torch.randint(50, (2, 9), device=DEVICE)
+    model = getattr(hf, f"{name}ForCausalLM")(config).to(DEVICE)
+    tokens = torch.randint(1, 50, (2, 9), device=DEVICE)
 
     def loss(context: Any) -> Tensor:
         with context:
             found: Tensor = model(input_ids=tokens, labels=tokens).loss
         return found
 
-    known = [tokens, *model.parameters(), *model.buffers()]
-    memory = scope()
-    by_scope = loss(memory)
-    held = sum(held_for_backward(by_scope, known).values())
-    assert memory.report().freed_bytes == 2 * 2 * 9 * 64 * 4
-    assert held == sum(held_for_backward(loss(nullcontext()), known).values()) - 2 * 2 * 9 * 64 * 4
-    parameters = list(model.parameters())
-    ours, stock = (torch.autograd.grad(loss(c), parameters) for c in (scope(), nullcontext()))
+    known, parameters = [tokens, *model.parameters(), *model.buffers()], list(model.parameters())
+    by_stock, memory = loss(nullcontext()), scope()
+    held = sum(held_for_backward(by_stock, known).values())
+    stock = torch.autograd.grad(by_stock, parameters)
+    for _ in range(3):  # there is nothing to be learned
+        by_scope = loss(memory)
+        assert memory.report().freed_bytes == 2 * 2 * 9 * 64 * 4
+        assert sum(held_for_backward(by_scope, known).values()) == held - 2 * 2 * 9 * 64 * 4
+        torch.testing.assert_close(by_scope, by_stock)
+        ours = torch.autograd.grad(by_scope, parameters)
     for a, b in zip(ours, stock, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
