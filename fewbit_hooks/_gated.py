@@ -316,6 +316,8 @@ def _plan_and_kernels(
         if unit.both:
             if not first.dim() or not first.is_contiguous() or first.shape[-1] % 16:  # rows of whole groups
                 return None, None
+            if first.numel() >= 1 << 36:  # whose groups the kernels do not count in 32 bits
+                return None, None
             gate, _ = _factors((first,), unit.gate_first)
         if gate.numel() * gate.element_size() < max(settings.min_bytes, 1):
             return None, None

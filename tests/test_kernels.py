@@ -115,6 +115,17 @@ def test_any_number_of_elements_is_coded_and_comes_back(kernels: Kernels, n: int
         assert equal_bits(decoded, _torch.decode(packed, table, bits, ops.Layout.of(x)))
 
 
+@pytest.mark.parametrize("offset", range(8))
+@pytest.mark.parametrize("bits", BITS)
+def test_codes_may_lie_at_any_address(kernels: Kernels, bits: int, offset: int) -> None:
+    n = 4096
+    packed = ops.pack_bits(random_codes(n, bits), bits)
+    moved = torch.cat([torch.full((offset,), 255, dtype=torch.uint8), packed])[offset:]
+    table = ops.rows(torch.randn(1 << bits), bits)
+    layout = ops.Layout.of(torch.empty(n))
+    assert equal_bits(kernels.decode(moved, table, bits, layout), _torch.decode(packed, table, bits, layout))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("boundary", [0.1, -0.1, 1e-50, -1e-50, 1e300, -1e300, 1e-40, 3.0])
 def test_boundaries_that_are_no_float32_numbers_are_applied_exactly(
@@ -198,6 +209,7 @@ def test_a_mask_of_two_values_is_told_by_its_bits(kernels: Kernels, dtype: torch
 @pytest.mark.parametrize("bits", [1, 8])
 def test_a_lookup_gives_each_value_the_code_in_its_place(kernels: Kernels, bits: int, dtype: torch.dtype) -> None:
     codes = random_codes(1 << 16, bits)
+    codes[0] = (1 << bits) - 1  # not 0, as what lies past the end has
     x = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(dtype)[3:]
     packed = kernels.encode(x, bits, ops.Lookup(codes.to(kernels.device)))
     assert torch.equal(packed, _torch.encode(x, bits, ops.Lookup(codes)))

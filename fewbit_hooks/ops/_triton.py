@@ -13,10 +13,10 @@ for 3 bits:
     word      bit  0  3  6  9 12 15 18 21 .. 24
     stored as      byte 0 | byte 1 | byte 2
 
-of which the `bits` low bytes are stored at byte `group * bits`. An element past the end has code 0. Unpacking needs no
-groups: a code lies in one byte or in two neighbours.
+of which the `bits` low bytes are stored at byte `group * bits`. Elements past the end are loaded as what has code 0.
 
-1. Offsets are of 64 bits: tensors may have more than 2**31 elements, and `index * bits` overflows 32 bits sooner.
+1. Where a program starts is of 64 bits: tensors may have more than 2**31 elements, and `index * bits` overflows 32 bits
+   sooner. From there on 32 bits do, at half the instructions.
 2. Every load and store is masked, except of tables (boundaries, values, codes by value): their indices are in range by
    construction, whatever the data is.
 3. What changes from codebook to codebook is read from a small tensor, so that a kernel is compiled once for each dtype
@@ -25,6 +25,18 @@ groups: a code lies in one byte or in two neighbours.
 5. What is only moved (stand-ins, values to be looked up) is moved as integers: no NaN changes its bits.
 
 Only what Triton 3.x has from the start is used: `load`, `store`, `arange`, `sum`, `where`, `static_range`.
+
+NOTE [ Instructions ]
+
+A GPU moves a byte in the time of few instructions: at 4.8 TB/s and 132 multiprocessors of 128 lanes at 1.98 GHz, 7 for
+each. To encode bfloat16 at 3 bits moves 2.4 bytes an element, so that more than 16 instructions an element would be
+what takes the time. `benchmarks/count_instructions.py` counts them, and needs no GPU for it. What they are spent on:
+
+1. A word is moved in *units*, as large as fit: 1 byte for 1, 3, 5 and 7 bits, 2 for 2 and 6, 4 for 4, and 8 for 8.
+   Where the last group is not whole, or the memory does not lie so, in bytes (`units`).
+2. A word is held by the thread that holds its elements. Two neighbouring ones in a thread would be moved at once, but
+   had to change places with those of other threads first, through shared memory: hence `max_contiguous`.
+3. A code is searched for among the boundaries; the first three steps' are in registers.
 """
 
 from __future__ import annotations
@@ -48,6 +60,9 @@ from ._two_values import not_zero
 GROUPS = 256
 """Groups of 8 elements a program: an estimate (16 elements a thread at 4 warps), not yet measured on a GPU."""
 
+UNITS = {2: torch.uint16, 4: torch.uint32, 6: torch.uint16, 8: torch.uint64}
+"""The unit for each number of bits; of the others it is a byte."""
+
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
@@ -55,125 +70,156 @@ FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 @triton.jit
-def elements(GROUPS: tl.constexpr):
-    """This program's groups, and the elements of each, as 64-bit offsets."""
-    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-    return group, group[:, None] * 8 + tl.arange(0, 8)[None, :]
+def elements(n, GROUPS: tl.constexpr):
+    """This program's first element, a 64-bit offset; its elements from there, a group a row; how many there are."""
+    start = tl.program_id(0).to(tl.int64) * (GROUPS * 8)
+    index = tl.arange(0, GROUPS)[:, None] * 8 + tl.arange(0, 8)[None, :]
+    return start, index, tl.minimum(n - start, GROUPS * 8).to(tl.int32)
+
+
+@triton.jit
+def load_least(x, start, index, left, FOLDED: tl.constexpr):
+    """A program's elements, and past the end what has the least code."""
+    return tl.load(x + start + index, mask=index < left, other=0.0 if FOLDED else float("-inf"))
+
+
+@triton.jit
+def _is_beyond(v, limit):
+    return (v <= limit) == 0
 
 
 @triton.jit
 def code_of(v, boundaries, BITS: tl.constexpr, FOLDED: tl.constexpr):
-    """Code i where boundaries[i-1] < v <= boundaries[i]; NaN, which is never <=, gets the last code."""
+    """Code i where boundaries[i-1] < v <= boundaries[i]; NaN, which is never <=, gets the last code.
+
+    A binary search: each step decides one bit, the highest first.
+    """
     if FOLDED:
         v = tl.abs(v)
-    code = tl.zeros_like(v).to(tl.int32)
-    if BITS <= 4:  # the boundaries in registers: the code is the number of them that v is beyond
-        for i in tl.static_range((1 << BITS) - 1):
-            code += tl.where(v <= tl.load(boundaries + i), 0, 1)
-    else:  # a binary search: each step decides one bit, the highest first
-        for step in tl.static_range(BITS):
-            half = 1 << (BITS - 1 - step)
-            code += tl.where(v <= tl.load(boundaries + code + (half - 1)), 0, half)
+    before = boundaries - 1
+    H: tl.constexpr = 1 << (BITS - 1)
+    first = _is_beyond(v, tl.load(before + H))
+    code = tl.where(first, H, 0)
+    if BITS >= 2:
+        Q: tl.constexpr = H // 2
+        second = _is_beyond(v, tl.where(first, tl.load(before + 3 * Q), tl.load(before + Q)))
+        code += tl.where(second, Q, 0)
+    if BITS >= 3:
+        E: tl.constexpr = H // 4
+        low = tl.where(second, tl.load(before + 3 * E), tl.load(before + E))
+        high = tl.where(second, tl.load(before + 7 * E), tl.load(before + 5 * E))
+        code += tl.where(_is_beyond(v, tl.where(first, high, low)), E, 0)
+    for step in tl.static_range(3, BITS):
+        bit = 1 << (BITS - 1 - step)
+        code += tl.where(_is_beyond(v, tl.load(before + bit + code)), bit, 0)
     return code
 
 
 @triton.jit
-def store_packed(packed, group, code, index, n, n_bytes, BITS: tl.constexpr):
-    """Pack the codes of whole groups; see the note above."""
-    code = tl.where(index < n, code, 0)
-    shift = tl.arange(0, 8) * BITS
-    if BITS <= 3:
-        word = tl.sum(code << shift[None, :], axis=1).to(tl.int64)
-    else:
-        word = tl.sum(code.to(tl.int64) << shift.to(tl.int64)[None, :], axis=1)
-    byte = tl.arange(0, 8)
-    at = group[:, None] * BITS + byte[None, :]
-    value = (word[:, None] >> (byte * 8).to(tl.int64)[None, :]) & 255
-    tl.store(packed + at, value.to(tl.uint8), mask=(byte < BITS)[None, :] & (at < n_bytes))
+def _units(packed, start, left, BITS: tl.constexpr, GROUPS: tl.constexpr):
+    """Where a program's groups are packed, in units, and the bits that there are of each, or more."""
+    group = tl.max_contiguous(tl.arange(0, GROUPS), 1)
+    each = BITS * 8 // packed.dtype.element_ty.primitive_bitwidth
+    return packed + start // 8 * each + group * each, (left - group * 8) * BITS
 
 
 @triton.jit
-def load_code(packed, index, n, BITS: tl.constexpr):
-    """The codes of the elements at `index`."""
-    bit = index * BITS
-    first, shift = bit >> 3, (bit & 7).to(tl.int32)
-    word = tl.load(packed + first, mask=index < n, other=0).to(tl.int32)
-    if 8 % BITS != 0:  # a code may reach into the next byte, which is there whenever it does
-        spills = (index < n) & (shift + BITS > 8)
-        word |= tl.load(packed + first + 1, mask=spills, other=0).to(tl.int32) << 8
-    return (word >> shift) & ((1 << BITS) - 1)
+def store_packed(packed, start, code, left, BITS: tl.constexpr, GROUPS: tl.constexpr):
+    """Pack the codes of a program's elements, which are 0 past the end."""
+    UNIT: tl.constexpr = packed.dtype.element_ty.primitive_bitwidth
+    if BITS > 4:
+        code = code.to(tl.int64)
+    word = tl.sum(code << (tl.arange(0, 8) * BITS).to(code.dtype)[None, :], axis=1)
+    at, bits_left = _units(packed, start, left, BITS, GROUPS)
+    for i in tl.static_range(BITS * 8 // UNIT):
+        tl.store(at + i, (word >> (i * UNIT)).to(packed.dtype.element_ty), mask=bits_left > i * UNIT)
 
 
-@triton.jit(do_not_specialize=["n_bytes"])
-def _encode_thresholds(
-    x, packed, boundaries, n, n_bytes, BITS: tl.constexpr, FOLDED: tl.constexpr, GROUPS: tl.constexpr
-):
-    group, index = elements(GROUPS)
-    v = tl.load(x + index, mask=index < n, other=0.0).to(boundaries.dtype.element_ty)
-    store_packed(packed, group, code_of(v, boundaries, BITS, FOLDED), index, n, n_bytes, BITS)
+@triton.jit
+def load_code(packed, start, left, BITS: tl.constexpr, GROUPS: tl.constexpr):
+    """The codes of a program's elements."""
+    UNIT: tl.constexpr = packed.dtype.element_ty.primitive_bitwidth
+    kind: tl.constexpr = tl.int64 if BITS > 4 else tl.int32
+    at, bits_left = _units(packed, start, left, BITS, GROUPS)
+    word = tl.zeros([GROUPS], kind)
+    for i in tl.static_range(BITS * 8 // UNIT):
+        word |= tl.load(at + i, mask=bits_left > i * UNIT, other=0).to(kind) << (i * UNIT)
+    shift = (tl.arange(0, 8) * BITS).to(kind)
+    return ((word[:, None] >> shift[None, :]) & ((1 << BITS) - 1)).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["n_bytes"])
-def _encode_above(x, packed, limit, n, n_bytes, GROUPS: tl.constexpr):
-    group, index = elements(GROUPS)
-    v = tl.load(x + index, mask=index < n, other=0.0).to(limit.dtype.element_ty)
-    store_packed(packed, group, tl.where(v > tl.load(limit), 1, 0), index, n, n_bytes, 1)
+@triton.jit
+def _encode_thresholds(x, packed, boundaries, n, BITS: tl.constexpr, FOLDED: tl.constexpr, GROUPS: tl.constexpr):
+    start, index, left = elements(n, GROUPS)
+    v = load_least(x, start, index, left, FOLDED).to(boundaries.dtype.element_ty)
+    store_packed(packed, start, code_of(v, boundaries, BITS, FOLDED), left, BITS, GROUPS)
 
 
-@triton.jit(do_not_specialize=["n_bytes"])
-def _encode_lookup(x, packed, table, n, n_bytes, BITS: tl.constexpr, GROUPS: tl.constexpr):
+@triton.jit
+def _encode_above(x, packed, limit, n, GROUPS: tl.constexpr):
+    start, index, left = elements(n, GROUPS)
+    v = load_least(x, start, index, left, False).to(limit.dtype.element_ty)
+    store_packed(packed, start, tl.where(v > tl.load(limit), 1, 0), left, 1, GROUPS)
+
+
+@triton.jit
+def _encode_lookup(x, packed, table, n, BITS: tl.constexpr, GROUPS: tl.constexpr):
     """`x`: the bits of 16-bit values, int16."""
-    group, index = elements(GROUPS)
-    value = tl.load(x + index, mask=index < n, other=0).to(tl.int32) & 0xFFFF
-    store_packed(packed, group, tl.load(table + value).to(tl.int32), index, n, n_bytes, BITS)
-
-
-@triton.jit(do_not_specialize=["n_bytes"])
-def _encode_not_zero(x, packed, n, n_bytes, GROUPS: tl.constexpr):
-    """`x`: the bits of any values, as integers."""
-    group, index = elements(GROUPS)
-    code = tl.where(tl.load(x + index, mask=index < n, other=0) != 0, 1, 0)
-    store_packed(packed, group, code, index, n, n_bytes, 1)
-
-
-@triton.jit(do_not_specialize=["n_bytes"])
-def _pack(codes, packed, n, n_bytes, BITS: tl.constexpr, GROUPS: tl.constexpr):
-    group, index = elements(GROUPS)
-    code = tl.load(codes + index, mask=index < n, other=0).to(tl.int32)
-    store_packed(packed, group, code, index, n, n_bytes, BITS)
-
-
-@triton.jit(do_not_specialize=["stride"])
-def _decode(packed, values, out, n, stride, BITS: tl.constexpr, GROUPS: tl.constexpr):
-    _, index = elements(GROUPS)
-    value = tl.load(values + load_code(packed, index, n, BITS) * stride)
-    if values.dtype.element_ty != out.dtype.element_ty:
-        value = value.to(
-            tl.float32
-        )  # small integers, on the way to any dtype (the interpreter has no int8 to bfloat16)
-    tl.store(out + index, value.to(out.dtype.element_ty), mask=index < n)
+    start, index, left = elements(n, GROUPS)
+    value = tl.load(x + start + index, mask=index < left, other=0).to(tl.int32) & 0xFFFF
+    code = tl.where(index < left, tl.load(table + value).to(tl.int32), 0)
+    store_packed(packed, start, code, left, BITS, GROUPS)
 
 
 @triton.jit
-def _at_output(output, packed, index, n, SIDES: tl.constexpr):
+def _encode_not_zero(x, packed, n, GROUPS: tl.constexpr):
+    """`x`: the bits of any values, as integers."""
+    start, index, left = elements(n, GROUPS)
+    code = tl.where(tl.load(x + start + index, mask=index < left, other=0) != 0, 1, 0)
+    store_packed(packed, start, code, left, 1, GROUPS)
+
+
+@triton.jit
+def _pack(codes, packed, n, BITS: tl.constexpr, GROUPS: tl.constexpr):
+    start, index, left = elements(n, GROUPS)
+    code = tl.load(codes + start + index, mask=index < left, other=0).to(tl.int32)
+    store_packed(packed, start, code, left, BITS, GROUPS)
+
+
+@triton.jit
+def _decode(packed, values, out, n, IN_ROW: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr):
+    start, index, left = elements(n, GROUPS)
+    value = tl.load(values + load_code(packed, start, left, BITS, GROUPS) * IN_ROW)
+    if values.dtype.element_ty != out.dtype.element_ty:
+        # small integers, on the way to any dtype (the interpreter has no int8 to bfloat16)
+        value = value.to(tl.float32)
+    tl.store(out + start + index, value.to(out.dtype.element_ty), mask=index < left)
+
+
+@triton.jit
+def _at_output(output, packed, start, index, left, SIDES: tl.constexpr, GROUPS: tl.constexpr):
     """Where a table has what belongs to the elements at `index`.
 
     `output`: int16, the bits of bfloat16 values; else floats, which are looked up as float16.
     """
-    y = tl.load(output + index, mask=index < n, other=0)
+    y = tl.load(output + start + index, mask=index < left, other=0)
     if output.dtype.element_ty != tl.int16:
         # by way of float32, as torch converts float64: rounding once and rounding twice may differ
         y = y.to(tl.float32).to(tl.float16).to(tl.int16, bitcast=True)
     at = y.to(tl.int32) & 0xFFFF
     if SIDES:
-        at += load_code(packed, index, n, 1) << 16
+        at += load_code(packed, start, left, 1, GROUPS) << 16
     return at
 
 
 @triton.jit
 def _decode_beside(output, packed, table, out, n, SIDES: tl.constexpr, GROUPS: tl.constexpr):
-    _, index = elements(GROUPS)
-    tl.store(out + index, tl.load(table + _at_output(output, packed, index, n, SIDES)), mask=index < n)
+    start, index, left = elements(n, GROUPS)
+    tl.store(
+        out + start + index,
+        tl.load(table + _at_output(output, packed, start, index, left, SIDES, GROUPS)),
+        mask=index < left,
+    )
 
 
 INTERPRETED = not isinstance(code_of, triton.runtime.JITFunction)
@@ -196,22 +242,22 @@ else:
         return x.to(like.dtype.element_ty)  # to the nearest, ties to even
 
 
-@triton.jit(do_not_specialize=["stride"])
-def _multiply(grad, packed, values, out, n, stride, BITS: tl.constexpr, GROUPS: tl.constexpr):
+@triton.jit
+def _multiply(grad, packed, values, out, n, IN_ROW: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr):
     """Computed in the dtype of `values`, and rounded once."""
-    _, index = elements(GROUPS)
-    g = tl.load(grad + index, mask=index < n, other=0.0).to(values.dtype.element_ty)
-    value = tl.load(values + load_code(packed, index, n, BITS) * stride)
-    tl.store(out + index, round_to(g * value, out), mask=index < n)
+    start, index, left = elements(n, GROUPS)
+    g = tl.load(grad + start + index, mask=index < left, other=0.0).to(values.dtype.element_ty)
+    value = tl.load(values + load_code(packed, start, left, BITS, GROUPS) * IN_ROW)
+    tl.store(out + start + index, round_to(g * value, out), mask=index < left)
 
 
 @triton.jit
 def _multiply_beside(grad, output, packed, table, out, n, SIDES: tl.constexpr, GROUPS: tl.constexpr):
     """`output`: as for `_decode_beside`; computed in the dtype of `table`, and rounded once."""
-    _, index = elements(GROUPS)
-    g = tl.load(grad + index, mask=index < n, other=0.0).to(table.dtype.element_ty)
-    value = tl.load(table + _at_output(output, packed, index, n, SIDES))
-    tl.store(out + index, round_to(g * value, out), mask=index < n)
+    start, index, left = elements(n, GROUPS)
+    g = tl.load(grad + start + index, mask=index < left, other=0.0).to(table.dtype.element_ty)
+    value = tl.load(table + _at_output(output, packed, start, index, left, SIDES, GROUPS))
+    tl.store(out + start + index, round_to(g * value, out), mask=index < left)
 
 
 # --- launchers: they allocate, size the grid, and see to the device ---
@@ -227,6 +273,14 @@ def grid(n: int) -> tuple[int]:
     return (triton.cdiv(n, 8 * GROUPS),)
 
 
+def units(packed: Tensor, bits: int, n: int) -> Tensor:
+    """The packed bytes of n codes as the kernels move them; see NOTE [ Instructions ]."""
+    unit = UNITS.get(bits)
+    if unit is None or n % 8 or packed.data_ptr() % unit.itemsize:
+        return packed
+    return packed.view(unit)
+
+
 def encode(x: Tensor, bits: int, coder: Coder) -> Tensor:
     """As `_torch.encode`, byte for byte.
 
@@ -237,7 +291,7 @@ def encode(x: Tensor, bits: int, coder: Coder) -> Tensor:
     x = x.detach()
     with on(x.device):
         for start, piece in _pieces(x, whole=_is_known(coder, x.dtype, bits)):
-            _encode_piece(piece, bits, coder, packed[start * bits // 8 :])
+            _encode_piece(piece, bits, coder, packed[start * bits // 8 :][: packed_bytes(piece.numel(), bits)])
     return packed
 
 
@@ -253,7 +307,7 @@ def decode(packed: Tensor, rows: Tensor, bits: int, layout: Layout) -> Tensor:
         if not small or out.dtype == torch.bool:
             flat = flat.view(INTEGERS[out.element_size()])
         with on(out.device):  # the first value of row c is that of code c, the others those of code 0
-            _decode[grid(n)](packed, values, flat, n, in_row, BITS=bits, GROUPS=GROUPS)
+            _decode[grid(n)](units(packed, bits, n), values, flat, n, IN_ROW=in_row, BITS=bits, GROUPS=GROUPS)
     return out
 
 
@@ -266,8 +320,9 @@ def multiply(grad: Tensor, packed: Tensor, rows: Tensor, bits: int, layout: Layo
         grad, values = layout.like(grad.detach()), rows.view(computed_in(layout.dtype))
         with on(out.device):
             _multiply[grid(n)](
-                in_memory_order(grad), packed, values, out.as_strided((n,), (1,)), n, in_row, BITS=bits, GROUPS=GROUPS
-            )
+                in_memory_order(grad), units(packed, bits, n), values, out.as_strided((n,), (1,)), n,
+                IN_ROW=in_row, BITS=bits, GROUPS=GROUPS,
+            )  # fmt: skip
     return out
 
 
@@ -325,17 +380,17 @@ def _is_known(coder: Coder, dtype: torch.dtype, bits: int) -> bool:
 
 def _encode_piece(piece: Tensor, bits: int, coder: Coder, packed: Tensor) -> None:
     n = piece.numel()
-    n_bytes = packed_bytes(n, bits)
+    packed = units(packed, bits, n)
     if not _is_known(coder, piece.dtype, bits):
-        _pack[grid(n)](coder(piece).view(torch.uint8), packed, n, n_bytes, BITS=bits, GROUPS=GROUPS)
+        _pack[grid(n)](coder(piece).view(torch.uint8), packed, n, BITS=bits, GROUPS=GROUPS)
     elif isinstance(coder, Thresholds):
         limits = coder.limits(piece.dtype, piece.device)
-        _encode_thresholds[grid(n)](piece, packed, limits, n, n_bytes, BITS=bits, FOLDED=coder.folded, GROUPS=GROUPS)
+        _encode_thresholds[grid(n)](piece, packed, limits, n, BITS=bits, FOLDED=coder.folded, GROUPS=GROUPS)
     elif isinstance(coder, Above):
         limit = coder.limits(piece.dtype, piece.device)
-        _encode_above[grid(n)](piece, packed, limit, n, n_bytes, GROUPS=GROUPS)
+        _encode_above[grid(n)](piece, packed, limit, n, GROUPS=GROUPS)
     elif isinstance(coder, Lookup):
-        _encode_lookup[grid(n)](piece.view(torch.int16), packed, coder.table, n, n_bytes, BITS=bits, GROUPS=GROUPS)
+        _encode_lookup[grid(n)](piece.view(torch.int16), packed, coder.table, n, BITS=bits, GROUPS=GROUPS)
     else:
         bits_of = piece.view(INTEGERS[piece.element_size()])
-        _encode_not_zero[grid(n)](bits_of, packed, n, n_bytes, GROUPS=GROUPS)
+        _encode_not_zero[grid(n)](bits_of, packed, n, GROUPS=GROUPS)

@@ -35,7 +35,7 @@ from torch import Tensor
 from ._coders import Thresholds
 from ._layout import Layout, in_memory_order
 from ._torch import packed_bytes
-from ._triton import GROUPS, INTERPRETED, code_of, elements, grid, on, round_to, store_packed
+from ._triton import GROUPS, INTERPRETED, code_of, elements, grid, load_least, on, round_to, store_packed, units
 
 if INTERPRETED:
 
@@ -123,15 +123,15 @@ def activation(x, parameters, NAME: tl.constexpr):
     return y
 
 
-@triton.jit(do_not_specialize=["n_bytes"])
+@triton.jit
 def _forward(
-    x, y, packed, boundaries, parameters, n, n_bytes,
+    x, y, packed, boundaries, parameters, n,
     NAME: tl.constexpr, BITS: tl.constexpr, FOLDED: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    group, index = elements(GROUPS)
-    v = tl.load(x + index, mask=index < n, other=0.0).to(boundaries.dtype.element_ty)
-    tl.store(y + index, round_to(activation(v, parameters, NAME), y), mask=index < n)
-    store_packed(packed, group, code_of(v, boundaries, BITS, FOLDED), index, n, n_bytes, BITS)
+    start, index, left = elements(n, GROUPS)
+    v = load_least(x, start, index, left, FOLDED).to(boundaries.dtype.element_ty)
+    tl.store(y + start + index, round_to(activation(v, parameters, NAME), y), mask=index < left)
+    store_packed(packed, start, code_of(v, boundaries, BITS, FOLDED), left, BITS, GROUPS)
 
 
 # --- launchers ---
@@ -150,13 +150,13 @@ def forward(name: str, x: Tensor, bits: int, thresholds: Thresholds, parameters:
         A tensor in the layout of `x`; what `encode(x, bits, thresholds)` returns.
     """
     n = x.numel()
-    n_bytes = packed_bytes(n, bits)
     y = Layout.of(x).empty()
-    packed = torch.empty(n_bytes, dtype=torch.uint8, device=x.device)
+    packed = torch.empty(packed_bytes(n, bits), dtype=torch.uint8, device=x.device)
     if n:
         with on(x.device):
             _forward[grid(n)](
-                in_memory_order(x.detach()), y.as_strided((n,), (1,)), packed, thresholds.limits(x.dtype, x.device),
-                parameters, n, n_bytes, NAME=name, BITS=bits, FOLDED=thresholds.folded, GROUPS=GROUPS,
+                in_memory_order(x.detach()), y.as_strided((n,), (1,)), units(packed, bits, n),
+                thresholds.limits(x.dtype, x.device), parameters, n,
+                NAME=name, BITS=bits, FOLDED=thresholds.folded, GROUPS=GROUPS,
             )  # fmt: skip
     return y, packed

@@ -71,34 +71,50 @@ def _slope(x, y, parameters, NAME: tl.constexpr):
 
 
 @triton.jit
-def _apart(group, index, row, HALVES: tl.constexpr):
-    """Where the elements at `index` of a half lie; see NOTE [ Halves ]."""
-    return index + (group // row * row * 8)[:, None] if HALVES else index
+def _apart(start, index, row, HALVES: tl.constexpr, LONG: tl.constexpr, GROUPS: tl.constexpr):
+    """Where a program's elements of a half lie, as `start` and `index`; see NOTE [ Halves ].
+
+    LONG: a row has GROUPS groups or more, so that a program reaches into one other row at most.
+    """
+    if HALVES:
+        group = (start // 8).to(tl.uint32)  # a division of 64 bits is a long one
+        row = row.to(tl.uint32)
+        above = group // row
+        from_row = (group - above * row).to(tl.int32) + tl.arange(0, GROUPS)
+        row = row.to(tl.int32)
+        below = tl.where(from_row >= row, 1, 0) if LONG else from_row // row
+        start += above.to(tl.int64) * row * 8
+        index += (below * row * 8)[:, None]
+    return start, index
 
 
-@triton.jit
-def _gated_forward(gate, up, out, parameters, n, row, NAME: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr):
-    group, index = elements(GROUPS)
-    at = _apart(group, index, row, HALVES)
-    x = tl.load(gate + at, mask=index < n, other=0.0).to(parameters.dtype.element_ty)
-    u = tl.load(up + at, mask=index < n, other=0.0).to(parameters.dtype.element_ty)
+@triton.jit(do_not_specialize=["row"])
+def _gated_forward(
+    gate, up, out, parameters, n, row,
+    NAME: tl.constexpr, HALVES: tl.constexpr, LONG: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    start, index, left = elements(n, GROUPS)
+    base, at = _apart(start, index, row, HALVES, LONG, GROUPS)
+    x = tl.load(gate + base + at, mask=index < left, other=0.0).to(parameters.dtype.element_ty)
+    u = tl.load(up + base + at, mask=index < left, other=0.0).to(parameters.dtype.element_ty)
     y = round_to(activation(x, parameters, NAME), out).to(parameters.dtype.element_ty)
-    tl.store(out + index, round_to(y * u, out), mask=index < n)
+    tl.store(out + start + index, round_to(y * u, out), mask=index < left)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row"])
 def _gated_backward(
-    grad, gate, up, d_gate, d_up, parameters, n, row, NAME: tl.constexpr, HALVES: tl.constexpr, GROUPS: tl.constexpr
-):
-    group, index = elements(GROUPS)
-    at = _apart(group, index, row, HALVES)
-    g = tl.load(grad + index, mask=index < n, other=0.0).to(parameters.dtype.element_ty)
-    x = tl.load(gate + at, mask=index < n, other=0.0).to(parameters.dtype.element_ty)
-    u = tl.load(up + at, mask=index < n, other=0.0).to(parameters.dtype.element_ty)
+    grad, gate, up, d_gate, d_up, parameters, n, row,
+    NAME: tl.constexpr, HALVES: tl.constexpr, LONG: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    start, index, left = elements(n, GROUPS)
+    base, at = _apart(start, index, row, HALVES, LONG, GROUPS)
+    g = tl.load(grad + start + index, mask=index < left, other=0.0).to(parameters.dtype.element_ty)
+    x = tl.load(gate + base + at, mask=index < left, other=0.0).to(parameters.dtype.element_ty)
+    u = tl.load(up + base + at, mask=index < left, other=0.0).to(parameters.dtype.element_ty)
     y = round_to(activation(x, parameters, NAME), gate).to(parameters.dtype.element_ty)
     d_y = round_to(g * u, gate).to(parameters.dtype.element_ty)
-    tl.store(d_up + at, round_to(g * y, gate), mask=index < n)
-    tl.store(d_gate + at, round_to(d_y * _slope(x, y, parameters, NAME), gate), mask=index < n)
+    tl.store(d_up + base + at, round_to(g * y, gate), mask=index < left)
+    tl.store(d_gate + base + at, round_to(d_y * _slope(x, y, parameters, NAME), gate), mask=index < left)
 
 
 def forward(name: str, parameters: Tensor, gate: Tensor, up: Tensor) -> Tensor:
@@ -114,8 +130,9 @@ def forward(name: str, parameters: Tensor, gate: Tensor, up: Tensor) -> Tensor:
         row, whole = _row(gate), in_memory_order(out)
         with on(out.device):
             _gated_forward[grid(n)](
-                *_flat(row, gate, up), whole, parameters, n, row, NAME=name, HALVES=row > 0, GROUPS=GROUPS
-            )
+                *_flat(row, gate, up), whole, parameters, n, row,
+                NAME=name, HALVES=row > 0, LONG=row >= GROUPS, GROUPS=GROUPS,
+            )  # fmt: skip
     return out
 
 
@@ -135,7 +152,7 @@ def backward(
         with on(gate.device):
             _gated_backward[grid(n)](
                 grad, *_flat(row, gate, up, d_gate, d_up), parameters, n, row,
-                NAME=name, HALVES=row > 0, GROUPS=GROUPS,
+                NAME=name, HALVES=row > 0, LONG=row >= GROUPS, GROUPS=GROUPS,
             )  # fmt: skip
     return d_gate, d_up
 
