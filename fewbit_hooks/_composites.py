@@ -17,6 +17,7 @@ a function that calls the original outside of any scope, and inside one has the 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import threading
@@ -205,6 +206,9 @@ def _run(entry: Any, composite: Composite, module: nn.Module, args: tuple[Any, .
         return composite.forward(module, *args, **kwargs)
     run_it = functools.partial(composite.forward, module, x)
     if composite.call is not None:
+        facts = _known(module, x)
+        if facts is not None and not facts.reason and not facts.gains(composite):
+            return run_it()  # a native node, which the mode sees
         return _run_activation(entry, composite, module, x, run_it)
     settings, ledger = entry.scope._settings, entry.scope._ledger
     parameters = own(module)
@@ -235,12 +239,13 @@ def _run_activation(
     assert call.activation is not None
     try:
         if not _treatment.admits(entry, call.name, x):
-            return run_it()
+            with _stack.hidden() if x.requires_grad else contextlib.nullcontext():  # it was counted, as a whole
+                return run_it()
         facts = look_at(composite, module, x)
-        if not facts.gains(composite) and not facts.reason:
-            return run_it()  # a native node, which the mode sees
         if facts.reason:
             raise Keep(facts.reason)
+        if not facts.gains(composite):
+            return run_it()  # a native node, which the mode sees
         never_kept = int(facts.extra * x.nbytes)
         forward = _Shell(composite, module)
         if settings.exact:
@@ -297,13 +302,23 @@ class _Shell:
 
 def look_at(composite: Composite, module: nn.Module, x: Tensor) -> Facts:
     """Ask an instance, once for each dtype and state, what it computes and saves."""
-    trainable = tuple(p.requires_grad for p in module._parameters.values() if p is not None)
-    key = x.dtype, x.device, x.requires_grad, trainable, Autocast.of(x.device.type)
-    known = _facts.setdefault(module, {})
-    if key not in known:
+    facts = _known(module, x)
+    if facts is None:
         reason = _reason_to_leave(composite, module, x)
-        known[key] = Facts(reason, 0.0, True) if reason else Facts("", *_saves(composite, module, x))
-    return known[key]
+        facts = Facts(reason, 0.0, True) if reason else Facts("", *_saves(composite, module, x))
+        _facts.setdefault(module, {})[_state(module, x)] = facts
+    return facts
+
+
+def _known(module: nn.Module, x: Tensor) -> Facts | None:
+    known = _facts.get(module)
+    return known.get(_state(module, x)) if known is not None else None
+
+
+def _state(module: nn.Module, x: Tensor) -> Any:
+    with torch._C.DisableTorchFunction():  # else the mode would see each attribute
+        trainable = tuple([p.requires_grad for p in module._parameters.values() if p is not None])
+        return x.dtype, x.device, x.requires_grad, trainable, Autocast.of(x.device.type)
 
 
 def _reason_to_leave(composite: Composite, module: nn.Module, x: Tensor) -> str:

@@ -45,7 +45,9 @@ def local_part(t: Tensor) -> Tensor:
     >>> local_part(x) is x
     True
     """
-    part: Tensor = t._local_tensor if is_dtensor(t) else t  # type: ignore[attr-defined]
+    if type(t) is Tensor or not is_dtensor(t):
+        return t
+    part: Tensor = t._local_tensor  # type: ignore[attr-defined]
     return part
 
 
@@ -72,7 +74,7 @@ def reason_to_keep(t: Any) -> str:
 def detached(t: Tensor) -> Tensor:
     """The tensor detached; what is changed in place of either is counted for both."""
     result = t.detach()
-    if is_dtensor(t):
+    if type(t) is not Tensor and is_dtensor(t):
         result._local_tensor = local_part(t).detach()  # type: ignore[attr-defined]
     return result
 
@@ -84,7 +86,7 @@ def version_of(t: Tensor) -> int:
     1
     """
     version: int = t._version
-    return version + local_part(t)._version if is_dtensor(t) else version
+    return version if type(t) is Tensor or not is_dtensor(t) else version + local_part(t)._version
 
 
 class Whole:

@@ -82,7 +82,7 @@ class Packed:
         """The stand-ins: a tensor for which the node's own backward gives the few-bit derivative."""
         begin_backward(self.name, self.step)
         codes = self.codes.unpack() if isinstance(self.codes, Handed) else self.codes
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with torch._C.DisableTorchFunction():
             return flagged(ops.decode(codes, self.rows, self.bits, self.layout), self.flag)
 
 
@@ -111,7 +111,7 @@ class Beside:
     def unpack(self) -> Tensor:
         """What follows from the output and the bits: the stand-ins."""
         output = self.relied_on()
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with torch._C.DisableTorchFunction():
             return self.decoder(output, self.packed, self.layout)
 
     def relied_on(self) -> Tensor:
@@ -199,6 +199,7 @@ class PackHook:
     __slots__ = (
         "_around",
         "_beside",
+        "_bits",
         "_codes",
         "_count",
         "_flag",
@@ -226,6 +227,7 @@ class PackHook:
         self._ledger = ledger
         self._site = site
         self._inverse = inverse
+        self._bits = plan.bits if inverse is None else inverse.bits
         self._around = around
         self._count = 0
         self._keep = False
@@ -254,11 +256,11 @@ class PackHook:
             bits = None if reason else self._bits
             how = KEPT if reason else CODES if self._inverse is None else OUTPUT
             self._row = self._ledger.row(name, bits, reason, how=how, site=self._site)
-        self._ledger.original(self._row, t)
+        storage = self._ledger.original(self._row, t)
         if self._keep:
             return keep(t, name, self._around)
-        if self._site is not None:
-            self._saved.append(StorageWeakRef(t.untyped_storage()))
+        if self._site is not None and storage is not None:
+            self._saved.append(storage)
         if self._codes is None and self._bits:
             self._codes = self._encode(t if plan.codebook is None else self._x)
         if k == 0 and self._codes is not None:
@@ -284,10 +286,6 @@ class PackHook:
         """The call is over; see the note above."""
         del self._plan, self._x, self._ledger, self._site, self._row, self._codes, self._saved, self._beside
         del self._around, self._flag
-
-    @property
-    def _bits(self) -> int:
-        return self._plan.bits if self._inverse is None else self._inverse.bits
 
     def _encode(self, t: Tensor) -> Tensor | None:
         if not self._bits:

@@ -172,22 +172,24 @@ class Ledger:
             if len(self.step.watches) > WATCHES:  # a loop that never runs backward
                 del self.step.watches[: WATCHES // 2]
 
-    def original(self, row: Row, tensor: Tensor) -> None:
-        """Stock autograd would have kept this tensor's storage for `row`."""
+    def original(self, row: Row, tensor: Tensor) -> StorageWeakRef | None:
+        """Stock autograd would have kept this tensor's storage for `row`. None: it has none, being sparse."""
         if tensor.layout is not torch.strided:
-            return  # sparse tensors have no storage of their own
+            return None
         storage = tensor.untyped_storage()
         with self._lock:
             pending = self.step.pending
-            if storage._cdata in pending:  # another call saves it too: it is counted once
-                return
+            if (known := pending.get(storage._cdata)) is not None:  # another call saves it too: it is counted once
+                return known.storage
             nbytes = storage.nbytes()
             row.original_bytes += nbytes
             # The weak reference keeps the (empty) StorageImpl, so its address names it as long as the entry lasts.
-            pending[storage._cdata] = Pending(StorageWeakRef(storage), nbytes, row)
+            ref = StorageWeakRef(storage)
+            pending[storage._cdata] = Pending(ref, nbytes, row)
             if len(pending) >= self.step.sweep_at:
                 self.step.sweep()
                 self.step.sweep_at = max(SWEEP, 2 * len(self.step.pending))
+            return ref
 
     def stored(self, row: Row, nbytes: int, *, never_kept: int = 0) -> None:
         """Codes were stored for `row`, and `never_kept` bytes that stock autograd would have kept never came to be."""

@@ -59,16 +59,20 @@ def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: 
     """Make a call that saves a mask: packed, or as it is."""
     given = call.given(args, kwargs)
     if call.draws_nothing(given):
-        return _run_without(entry, call, func, args, kwargs)
-    tensors = [value for value in given.values() if isinstance(value, Tensor)]
-    x = next((t for t in tensors if t.requires_grad), None)
+        return _run_without(entry, call, func, args, kwargs) if entry.recomputes else func(*args, **kwargs)
+    x, tensors = None, []
+    for value in given.values():
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            if x is None and value.requires_grad:
+                x = value
     if x is None:
         return func(*args, **kwargs)
     settings, ledger = entry.scope._settings, entry.scope._ledger
     nbytes = call.mask_bytes(given)
     if nbytes is not None and nbytes < max(settings.min_bytes, 1):  # in models of many small calls most are such
         ledger.passed(call.name, _policy.SMALL if nbytes else _policy.EMPTY, nbytes)
-        return _run_without(entry, call, func, args, kwargs)
+        return _run_without(entry, call, func, args, kwargs) if entry.recomputes else func(*args, **kwargs)
     # a parameter may well have a mask; a subclass among the arguments decides what is saved
     foreign = next((t for t in tensors if type(t) not in (Tensor, nn.Parameter)), x.detach())
     if reason := _policy.obstacle(foreign, entry.hooks):
@@ -78,7 +82,7 @@ def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: 
     try:
         if settings.bits is None:
             raise Keep(_policy.MEASURE)
-        if settings.exclude and settings.exclude.here():
+        if settings.exclude.rules and settings.exclude.here():
             raise Keep(_policy.EXCLUDED)
         if settings.bits_for(call.name, x, exact=True) is None:
             raise Keep(f"no bits are given for {call.name}")
@@ -97,8 +101,9 @@ def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: 
 
 
 def _run_without(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Make a call without a mask that could be packed; what attention keeps serves to compute others again."""
-    keeps = call.name == "scaled_dot_product_attention" and entry.recomputes and entry.hooks is None
+    """Make a call without a mask that could be packed, under `recompute=True`: what attention keeps serves to compute
+    others again."""
+    keeps = call.name == "scaled_dot_product_attention" and entry.hooks is None
     if keeps and _recompute.admits(args, kwargs, min_bytes=0) is not None:
         return _recompute.keeping(call.name, func, args, kwargs)
     return func(*args, **kwargs)
@@ -120,7 +125,7 @@ class PackedMask:
         """The mask, bit for bit."""
         self.step.unpacked()
         codes = self.codes.unpack() if isinstance(self.codes, Handed) else self.codes
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with torch._C.DisableTorchFunction():
             return ops.decode(codes, self.rows, 1, self.layout)
 
 
@@ -146,7 +151,7 @@ class WaitingMask:
         assert isinstance(kept, Kept)
         mask = kept.tensor
         if _owners(mask) == 1 and mask._version == kept.version and self._may_work_on(mask):
-            with torch._C.DisableTorchFunction(), torch.no_grad():
+            with torch._C.DisableTorchFunction():
                 packed = PackedMask(mask, ops.encode(mask, 1, ops.not_zero), 1, self._step)
             with self._step.lock:
                 self._row.stored_bytes += packed.nbytes
@@ -234,7 +239,7 @@ class MaskHook:
         waits &= self._around is None  # the hooks around the scope take what they are given now
         if waits and t.is_cuda and torch.cuda.is_current_stream_capturing():
             return self._keep(t, CAPTURING)
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with torch._C.DisableTorchFunction():
             found = None if waits else ops.encode_two_values(t)
             if found is None and not waits:
                 return self._pass(t)
@@ -296,7 +301,7 @@ def _keep(ledger: Ledger, call: MaskCall, reason: str, tensors: list[Tensor], ru
         for name in dir(node):
             t = getattr(node, name) if name.startswith("_saved_") else None
             if isinstance(t, Tensor) and _may_be_a_mask(t, arguments) and (t.dtype == torch.bool or not t.is_cuda):
-                with torch._C.DisableTorchFunction(), torch.no_grad():
+                with torch._C.DisableTorchFunction():
                     if ops.second_value(t) is not None:
                         ledger.original(row, t)
         nodes.extend(following for following, _ in node.next_functions)

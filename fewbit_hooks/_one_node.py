@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import ops
 from ._errors import FewbitError
@@ -117,11 +116,11 @@ class _Coded(torch.autograd.Function):
             ctx.beside, ctx.flag = Beside(codes, inverse.slope, layout, name, ledger.step), None
             ctx.beside.rely_on(y)
         saved = y if plan.activation.saves == "output" and not call.in_primitives else x
-        ledger.original(row, saved)
+        storage = ledger.original(row, saved)
         ledger.stored(row, nbytes(codes) + nbytes(ctx.flag), never_kept=call.never_kept)
         if call.site is not None:
             treated, beside = (Verdict.CODES, []) if inverse is None else (Verdict.OUTPUT, [ctx.beside])
-            ledger.watch(Watch(call.site, [StorageWeakRef(saved.untyped_storage())], y, treated, beside))
+            ledger.watch(Watch(call.site, [storage] if storage is not None else [], y, treated, beside))
         ctx.plan, ctx.layout, ctx.inverse, ctx.step = plan, layout, inverse, ledger.step
         return y
 

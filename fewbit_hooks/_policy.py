@@ -65,14 +65,15 @@ class Settings:
 
     def bits_for(self, name: str, x: Tensor, exact: bool) -> int | None:
         """The bits given for an activation; None keeps it. The two-valued ones take 1 where they are not turned off."""
-        if isinstance(self.bits, Mapping):
-            bits = self.bits.get(name, self.bits.get("default", 1 if exact else None))
-        elif callable(self.bits):
-            bits = self.bits(name, x)
-            if bits is not None:
-                check_bits(bits, f"bits: the callable's answer for {name!r}")
-        else:
-            bits = self.bits
+        bits = self.bits
+        if bits is not None and type(bits) is not int:  # check_settings made plain ints of all others
+            if isinstance(bits, Mapping):
+                bits = bits.get(name, bits.get("default", 1 if exact else None))
+            else:
+                assert callable(bits)
+                bits = bits(name, x)
+                if bits is not None:
+                    check_bits(bits, f"bits: the callable's answer for {name!r}")
         return 1 if bits is not None and exact else bits
 
 
@@ -216,7 +217,7 @@ def make_plan(
     if settings.exact and not activation.exact:
         raise Keep(EXACT)
     rest = args[1:]
-    named = {k: v for k, v in kwargs.items() if k not in ("input", "self")}
+    named = {k: v for k, v in kwargs.items() if k not in ("input", "self")} if kwargs else kwargs
     for value in (*rest, *named.values()):
         if not isinstance(value, (int, float, str, type(None))):  # a tensor as a key would match after it has changed
             raise Keep(f"an argument of {call.name} is a {type(value).__name__}")

@@ -56,7 +56,7 @@ class Verdict(enum.Enum):
     INPUT = "input"  # never learned: OUTPUT where those that keep the output can compute it again from the input
 
 
-FROM_OUTPUT = frozenset({Verdict.OUTPUT, Verdict.COPY})
+FROM_OUTPUT = Verdict.OUTPUT, Verdict.COPY
 """Where the derivative is had from the output."""
 
 
@@ -247,13 +247,18 @@ class Watch:
 
     def look(self, step: int) -> None:
         """See which storages are alive, and learn of it."""
-        changed = any(version_of(tensor) != version for tensor, version in self.held)
+        changed = False
+        for tensor, version in self.held:
+            changed |= version_of(tensor) != version
         self.held.clear()  # or our own references would be what keeps them
-        if changed or any(packed.has_changed() for ref in self.relying if (packed := ref()) is not None):
+        for ref in self.relying:
+            if (packed := ref()) is not None:
+                changed |= packed.has_changed()
+        if changed:
             self.site.output_changes = True
             self.site.forget()
-        input_kept = all(not storage.expired() for storage in self.saved)
-        copy_kept = bool(self.copies) and all(not storage.expired() for storage in self.copies)
+        input_kept = not any(map(StorageWeakRef.expired, self.saved))
+        copy_kept = bool(self.copies) and not any(map(StorageWeakRef.expired, self.copies))
         self.site.see(input_kept, not self.output.expired(), copy_kept, self.treated, step)
 
 

@@ -56,7 +56,8 @@ def admits(entry: Entry, name: str, x: Tensor, *, in_parts: bool = False) -> boo
     """
     settings, ledger = entry.scope._settings, entry.scope._ledger
     nbytes = x.numel() * x.element_size()  # nbytes raises if it is sparse
-    if type(x) is Tensor and nbytes < settings.min_bytes:  # in models of many small calls most are such
+    plain = type(x) is Tensor
+    if plain and nbytes < settings.min_bytes:  # in models of many small calls most are such
         if x.requires_grad:
             ledger.passed(name, _policy.SMALL if nbytes else _policy.EMPTY, nbytes)
         return False
@@ -68,12 +69,14 @@ def admits(entry: Entry, name: str, x: Tensor, *, in_parts: bool = False) -> boo
         return False
     if reason:
         raise Keep(reason)
-    if (nbytes := local_part(x).nbytes) < max(settings.min_bytes, 1):
+    if not plain:
+        nbytes = local_part(x).nbytes
+    if nbytes < settings.min_bytes or not nbytes:
         ledger.passed(name, _policy.SMALL if nbytes else _policy.EMPTY, nbytes)
         return False
     if settings.bits is None:
         raise Keep(_policy.MEASURE)
-    if settings.exclude and settings.exclude.here():
+    if settings.exclude.rules and settings.exclude.here():
         raise Keep(_policy.EXCLUDED)
     return True
 

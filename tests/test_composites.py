@@ -147,6 +147,14 @@ def test_a_gelu_that_is_one_node_already_is_left_to_the_mode(x: Tensor) -> None:
     assert [(row.activation, row.bits) for row in memory.report().rows] == [("gelu", 3)]
 
 
+@pytest.mark.parametrize("name", ["GELUActivation", "NewGELUActivation"])
+def test_what_is_smaller_than_min_bytes_is_counted_once(name: str, x: Tensor) -> None:
+    with pytest.warns(fewbit.FewbitWarning, match="smaller"), fewbit.scope(min_bytes=x.nbytes + 1) as memory:
+        getattr(activations, name)()(x)
+    (row,) = memory.report().rows
+    assert (row.activation, row.calls, row.original_bytes) == ("gelu", 1, x.nbytes)
+
+
 def test_every_rms_norm_of_a_dozen_models_is_found_and_bit_equal(x: Tensor) -> None:
     import importlib
 

@@ -140,7 +140,9 @@ def _share(n: int, work: Callable[[int, int], T]) -> list[T]:
     They are shared out among half as many threads as torch has: its own go on spinning for a while after an operation.
     (measured, 2 cores, in a step) a second thread gains nothing.
     """
-    pieces = max(1, min(torch.get_num_threads() // 2, n // PIECE))
+    pieces = min(torch.get_num_threads() // 2, n // PIECE) if n >= 2 * PIECE else 1
+    if pieces <= 1:
+        return [work(0, n)]
     ends = [n * i // pieces // 8 * 8 for i in range(1, pieces + 1)]
     others = [_threads().submit(work, start, stop) for start, stop in itertools.pairwise(ends)]
     return [work(0, ends[0]), *(other.result() for other in others)]
