@@ -108,15 +108,15 @@ def _of(dtype: str, bits: Iterable[int]) -> Iterator[tuple[Any, str, float, dict
         return
 
     for b in bits:
-        code, packed, coded = b / 8, _pointer(b), {"BITS": b, "FOLDED": False}
+        code, packed, coded = b / 8, _pointer(b), {"BITS": b, "FOLDED": False, "FLAG": 2}
         looked_up = {"BITS": b, "IN_ROW": 4}
-        types = {"x": x, "packed": packed, "boundaries": computed}
+        types = {"x": x, "packed": packed, "boundaries": computed, "flag": computed}
         yield _triton._encode_thresholds, "", size + code, coded, types
         types = {"packed": packed, "values": as_bits, "out": as_bits}
         yield _triton._decode, "", code + size, looked_up, types
         types = {"grad": x, "packed": packed, "values": computed, "out": x}
         yield _triton._multiply, "", size + code + size, looked_up, types
-        types = {"x": x, "y": x, "packed": packed, "boundaries": computed, "parameters": computed}
+        types = {"x": x, "y": x, "packed": packed, "boundaries": computed, "parameters": computed, "flag": computed}
         for name in ACTIVATIONS if b == 3 else ():
             yield _triton_fused._forward, name, size + size + code, {**coded, "NAME": name}, types
 

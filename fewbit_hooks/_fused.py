@@ -87,13 +87,13 @@ class _Parameters:
 _parameters: weakref.WeakKeyDictionary[Plan, _Parameters] = weakref.WeakKeyDictionary()
 
 
-def forward_of(plan: Plan, x: Tensor) -> Callable[[], tuple[Tensor, Tensor]] | None:
-    """What computes the activation and its codes in one kernel; None where the call must be made another way."""
+def forward_of(plan: Plan, x: Tensor) -> Callable[[], tuple[Tensor, Tensor, Tensor | None]] | None:
+    """What computes the activation, its codes and a flag in one kernel; None where the call is made another way."""
     kernels = kernels_for(plan, x)
     if kernels is None:
         return None
     name, parameters = formula_on(plan, x)
-    return functools.partial(kernels.forward, name, x, plan.bits, plan.thresholds, parameters)
+    return functools.partial(kernels.forward, name, x, plan.bits, plan.thresholds, parameters, plan.flags(x))
 
 
 def kernels_for(plan: Plan, x: Tensor) -> ModuleType | None:

@@ -56,7 +56,7 @@ class Handed:
 
 
 class Packed:
-    """Codes in the place of a saved tensor; and a flag, see `Plan.flag`."""
+    """Codes in the place of a saved tensor; and a flag, see `Plan.encode`."""
 
     __slots__ = ("bits", "codes", "flag", "layout", "name", "rows", "step")
 
@@ -264,7 +264,6 @@ class PackHook:
         if self._codes is None and self._bits:
             self._codes = self._encode(t if plan.codebook is None else self._x)
         if k == 0 and self._codes is not None:
-            self._flag = self._plan.flag(t) if self._inverse is None else None
             self._ledger.stored(self._row, nbytes(self._codes) + nbytes(self._flag))
         layout, step = ops.Layout.of(t), self._ledger.step
         if self._inverse is not None:
@@ -290,9 +289,11 @@ class PackHook:
     def _encode(self, t: Tensor) -> Tensor | None:
         if not self._bits:
             return None
-        coder = self._inverse.side if isinstance(self._inverse, Inverse) else self._plan.coder(t.dtype, t.device)
-        with torch._C.DisableTorchFunction():
-            return ops.encode(t, self._bits, coder)
+        if isinstance(self._inverse, Inverse):
+            with torch._C.DisableTorchFunction():
+                return ops.encode(t, self._bits, self._inverse.side)
+        codes, self._flag = self._plan.encode(t)
+        return codes
 
     def _reason_to_keep(self, t: Tensor) -> str:
         if ops.packed_bytes(t.numel(), self._bits) >= t.untyped_storage().nbytes():

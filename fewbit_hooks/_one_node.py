@@ -61,7 +61,7 @@ class _Call:
     run: Callable[[], Tensor]
     site: Site | None
     inverse: Inverse | None
-    fused: Callable[[], tuple[Tensor, Tensor]] | None
+    fused: Callable[[], tuple[Tensor, Tensor, Tensor | None]] | None
     in_primitives: bool
     never_kept: int
 
@@ -74,7 +74,7 @@ def run_coded(
     site: Site | None = None,
     inverse: Inverse | None = None,
     *,
-    fused: Callable[[], tuple[Tensor, Tensor]] | None = None,
+    fused: Callable[[], tuple[Tensor, Tensor, Tensor | None]] | None = None,
     in_primitives: bool = False,
     never_kept: int = 0,
 ) -> Tensor:
@@ -84,7 +84,7 @@ def run_coded(
         plan: how the input is coded.
         run: the forward.
         site, inverse: as for `_hooks.PackHook`.
-        fused: computes, in place of `run`, the result and the codes.
+        fused: computes, in place of `run`, the result, the codes and a flag, see `Plan.encode`.
         in_primitives: the forward is not one node of PyTorch's.
         never_kept: bytes that its primitives would have saved beside the input.
     """
@@ -99,25 +99,26 @@ class _Coded(torch.autograd.Function):
         plan, ledger, inverse = call.plan, call.ledger, call.inverse
         name, layout = plan.activation.name, ops.Layout.of(x)
         codes: Tensor | None
+        flag: Tensor | None = None
         if call.fused is not None:
-            y, codes = call.fused()
+            y, codes, flag = call.fused()
         else:
             y = _checked(name, x, call.run)
             if inverse is None:
-                codes = ops.encode(x, plan.bits, plan.coder(x.dtype, x.device))
+                codes, flag = plan.encode(x)
             else:
                 codes = ops.encode(x, 1, inverse.side) if inverse.bits else None
+        ctx.beside, ctx.flag = None, flag
         if inverse is None:
             row = ledger.row(name, plan.bits, how=CODES, site=call.site)
             ctx.save_for_backward(codes)  # others' hooks are handed them
-            ctx.beside, ctx.flag = None, plan.flag(x)
         else:
             row = ledger.row(name, inverse.bits, how=OUTPUT, site=call.site)
-            ctx.beside, ctx.flag = Beside(codes, inverse.slope, layout, name, ledger.step), None
+            ctx.beside = Beside(codes, inverse.slope, layout, name, ledger.step)
             ctx.beside.rely_on(y)
         saved = y if plan.activation.saves == "output" and not call.in_primitives else x
         storage = ledger.original(row, saved)
-        ledger.stored(row, nbytes(codes) + nbytes(ctx.flag), never_kept=call.never_kept)
+        ledger.stored(row, nbytes(codes) + nbytes(flag), never_kept=call.never_kept)
         if call.site is not None:
             treated, beside = (Verdict.CODES, []) if inverse is None else (Verdict.OUTPUT, [ctx.beside])
             ledger.watch(Watch(call.site, [storage] if storage is not None else [], y, treated, beside))

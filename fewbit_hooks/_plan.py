@@ -120,7 +120,7 @@ class Plan:
 
     def reason_to_keep(self, t: Tensor) -> str:
         """Why codes cannot stand for what is in a tensor that the call saves; empty where they can, or where the host
-        would have to wait for the answer: then there is a flag."""
+        would have to wait for the answer: then there is a flag, see `encode`."""
         if not may_look(t):
             return ""
         with torch._C.DisableTorchFunction():
@@ -131,15 +131,25 @@ class Plan:
                 return NOT_FINITE
             return ""
 
-    def flag(self, t: Tensor) -> Tensor | None:
-        """A number, on the device of a tensor that the call saves, to be added to one of the stand-ins: 0, or NaN where
-        `t` holds what stock's gradient is NaN for. None where the host has looked, or there is no such value.
+    def encode(self, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The codes of the input, or, of two-valued activations, of what the call saves; and a flag.
+
+        The flag is a number, on the device of `t`, to be added to one of the stand-ins: 0, or NaN where `t` holds what
+        stock's gradient is NaN for. None where the host has looked, or there is no such value.
         """
-        if may_look(t) or self.codebook is None:
-            return None
         with torch._C.DisableTorchFunction():
-            at_nan, at_infinity = self._not_a_number()
-            return ops.not_a_number(t, or_infinite=at_infinity) if at_nan else None
+            coder, flags = self.coder(t.dtype, t.device), self.flags(t)
+            if flags is None:
+                return ops.encode(t, self.bits, coder), None
+            assert self.thresholds is not None
+            return ops.encode_flagged(t, self.bits, self.thresholds, or_infinite=flags)
+
+    def flags(self, t: Tensor) -> bool | None:
+        """Whether a flag is for infinities as well as for NaN; None: there is none."""
+        if may_look(t) or self.codebook is None or not t.numel():
+            return None
+        at_nan, at_infinity = self._not_a_number()
+        return at_infinity if at_nan else None
 
     def _not_a_number(self) -> tuple[bool, bool]:
         """Whether stock's gradient is NaN at NaN, and at an infinity."""

@@ -134,9 +134,9 @@ def test_codes_are_those_of_the_other_engine_and_the_gradient_is_grad_times_the_
     forward = _triton_fused.forward
 
     def spy(*given):
-        y, codes = forward(*given)
+        y, codes, flag = forward(*given)
         kept.append(codes)
-        return y, codes
+        return y, codes, flag
 
     monkeypatch.setattr(_triton_fused, "forward", spy)
     x = numbers(dtype)
@@ -328,7 +328,7 @@ def test_the_input_is_gone_when_the_forward_is_over() -> None:
 def test_where_its_kernels_do_not_work_pytorchs_serve_and_a_warning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_dispatch, "_found", {})
     forward = _triton_fused.forward
-    monkeypatch.setattr(_triton_fused, "forward", lambda *given: (forward(*given)[0] + 1, forward(*given)[1]))
+    monkeypatch.setattr(_triton_fused, "forward", lambda *given: (forward(*given)[0] + 1, *forward(*given)[1:]))
     x = torch.randn(64, 32, device=DEVICE).requires_grad_()
     with (
         pytest.warns(fewbit.FewbitWarning, match="its gelu is not that of PyTorch; engine='fused' does without them"),

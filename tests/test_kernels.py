@@ -126,6 +126,41 @@ def test_codes_may_lie_at_any_address(kernels: Kernels, bits: int, offset: int) 
     assert equal_bits(kernels.decode(moved, table, bits, layout), _torch.decode(packed, table, bits, layout))
 
 
+@pytest.mark.parametrize("or_infinite", [True, False])
+@pytest.mark.parametrize("folded", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_flag_is_nan_exactly_where_an_element_is(dtype: torch.dtype, folded: bool, or_infinite: bool) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    triton, bits = Kernels("triton"), 3
+    coder = ops.Thresholds(boundaries_for(bits, folded), folded)
+    for n in (1, 8, 9, 2048, 4097):
+        finite = torch.full((n,), torch.finfo(dtype).max, dtype=dtype)
+        for value in (1.0, torch.nan, -torch.nan, torch.inf, -torch.inf):
+            for at in {0, n // 2, n - 1}:
+                x = finite.clone()
+                x[at] = value
+                packed, flag = triton.module.encode_flagged(triton.there(x), bits, coder, or_infinite=or_infinite)
+                assert torch.equal(packed.cpu(), _torch.encode(x, bits, coder))
+                assert flag.shape == ()
+                assert flag.dtype == _layout.computed_in(dtype)
+                expected = x.isnan().any() or (or_infinite and x.isinf().any())
+                assert flag.isnan().item() == ops.not_a_number(x, or_infinite=or_infinite).isnan().item() == expected
+                assert expected or flag == 0
+
+
+def test_a_flag_is_of_all_pieces_of_a_tensor_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    triton, coder = Kernels("triton"), ops.Thresholds(boundaries_for(3))
+    monkeypatch.setattr(_layout, "CHUNK", 64)
+    monkeypatch.setattr(_layout, "CHUNK_CUDA", 64)
+    for at in (0, 70, 199):
+        x = torch.zeros(400)[::2]
+        x[at] = torch.nan
+        packed, flag = triton.module.encode_flagged(triton.there(x), 3, coder, or_infinite=True)
+        assert flag.isnan()
+        assert torch.equal(packed.cpu(), _torch.encode(x, 3, coder))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("boundary", [0.1, -0.1, 1e-50, -1e-50, 1e300, -1e300, 1e-40, 3.0])
 def test_boundaries_that_are_no_float32_numbers_are_applied_exactly(

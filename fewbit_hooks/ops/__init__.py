@@ -9,6 +9,7 @@ from ._dispatch import backend as backend
 from ._dispatch import decode as decode
 from ._dispatch import decode_beside as decode_beside
 from ._dispatch import encode as encode
+from ._dispatch import encode_flagged as encode_flagged
 from ._dispatch import encode_two_values as encode_two_values
 from ._dispatch import fused_backend as fused_backend
 from ._dispatch import gated_backend as gated_backend

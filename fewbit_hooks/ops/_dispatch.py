@@ -151,7 +151,7 @@ def _check_fused(kernels: ModuleType, device: torch.device) -> None:
     bits, thresholds = 3, Thresholds([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0])
     x = torch.linspace(-4, 4, 701, device="cpu")
     packed, there = _torch.encode(x, bits, thresholds), x.to(device)
-    y, packed_there = kernels.forward("gelu", there, bits, thresholds, torch.zeros(1, device=device))
+    y, packed_there, _ = kernels.forward("gelu", there, bits, thresholds, torch.zeros(1, device=device))
     if not torch.allclose(y, torch.nn.functional.gelu(there), rtol=0, atol=2e-6):
         raise ArithmeticError("its gelu is not that of PyTorch")
     if not torch.equal(packed_there.cpu(), packed):
@@ -197,6 +197,20 @@ def encode(x: Tensor, bits: int, coder: Coder) -> Tensor:
     kernels = backend(x.device).kernels
     packed: Tensor = (_torch if kernels is None else kernels).encode(x, bits, coder)
     return packed
+
+
+def encode_flagged(x: Tensor, bits: int, thresholds: Thresholds, *, or_infinite: bool) -> tuple[Tensor, Tensor]:
+    """`encode`, and `not_a_number`, of a tensor that is read once where kernels do both: Triton's.
+
+    >>> codes, flag = encode_flagged(torch.tensor([1.0, torch.nan]), 1, Thresholds([0.0]), or_infinite=True)
+    >>> codes, flag
+    (tensor([3], dtype=torch.uint8), tensor(nan))
+    """
+    kernels = backend(x.device).kernels
+    if kernels is not None and hasattr(kernels, "encode_flagged"):
+        both: tuple[Tensor, Tensor] = kernels.encode_flagged(x, bits, thresholds, or_infinite=or_infinite)
+        return both
+    return encode(x, bits, thresholds), _torch.not_a_number(x, or_infinite=or_infinite)
 
 
 def decode(packed: Tensor, rows: Tensor, bits: int, layout: Layout) -> Tensor:

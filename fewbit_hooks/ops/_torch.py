@@ -210,7 +210,8 @@ def not_a_number(x: Tensor, *, or_infinite: bool = False) -> Tensor:
     """
     wide = computed_in(x.dtype)
     if or_infinite:
-        return x.detach().sum(dtype=wide) * 0
+        least, most = x.detach().aminmax()
+        return (least * 0 + most * 0).to(wide)
     most = x.detach().amax().to(wide)
     return torch.where(most.isnan(), most, 0)
 

@@ -13,7 +13,7 @@ for 3 bits:
     word      bit  0  3  6  9 12 15 18 21 .. 24
     stored as      byte 0 | byte 1 | byte 2
 
-of which the `bits` low bytes are stored at byte `group * bits`. Elements past the end are loaded as what has code 0.
+of which the `bits` low bytes are stored at byte `group * bits`. An element past the end has code 0.
 
 1. Where a program starts is of 64 bits: tensors may have more than 2**31 elements, and `index * bits` overflows 32 bits
    sooner. From there on 32 bits do, at half the instructions.
@@ -28,15 +28,16 @@ Only what Triton 3.x has from the start is used: `load`, `store`, `arange`, `sum
 
 NOTE [ Instructions ]
 
-A GPU moves a byte in the time of few instructions: at 4.8 TB/s and 132 multiprocessors of 128 lanes at 1.98 GHz, 7 for
-each. To encode bfloat16 at 3 bits moves 2.4 bytes an element, so that more than 16 instructions an element would be
-what takes the time. `benchmarks/count_instructions.py` counts them, and needs no GPU for it. What they are spent on:
+A GPU moves a byte in the time of few instructions: 7 for each, at 4.8 TB/s and 132 multiprocessors of 128 lanes at
+1.98 GHz. To encode bfloat16 at 3 bits moves 2.4 bytes an element, so that what takes the time are the instructions from
+17 on. `benchmarks/count_instructions.py` counts them, and needs no GPU for it. What keeps them few:
 
 1. A word is moved in *units*, as large as fit: 1 byte for 1, 3, 5 and 7 bits, 2 for 2 and 6, 4 for 4, and 8 for 8.
    Where the last group is not whole, or the memory does not lie so, in bytes (`units`).
 2. A word is held by the thread that holds its elements. Two neighbouring ones in a thread would be moved at once, but
    had to change places with those of other threads first, through shared memory: hence `max_contiguous`.
 3. A code is searched for among the boundaries; the first three steps' are in registers.
+4. Whether an element is not finite is asked in the same pass (`note_not_a_number`), at two instructions.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ from torch import Tensor
 from ._beside import in_order_of
 from ._coders import Above, Coder, Lookup, Thresholds
 from ._layout import INTEGERS, Layout, chunks, computed_in, in_memory_order, is_dense
-from ._torch import in_a_row, packed_bytes
+from ._torch import in_a_row, not_a_number, packed_bytes
 from ._two_values import encode_two_values as encode_two_values  # no kernel would spare the host the waiting
 from ._two_values import not_zero
 
@@ -75,12 +76,6 @@ def elements(n, GROUPS: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * (GROUPS * 8)
     index = tl.arange(0, GROUPS)[:, None] * 8 + tl.arange(0, 8)[None, :]
     return start, index, tl.minimum(n - start, GROUPS * 8).to(tl.int32)
-
-
-@triton.jit
-def load_least(x, start, index, left, FOLDED: tl.constexpr):
-    """A program's elements, and past the end what has the least code."""
-    return tl.load(x + start + index, mask=index < left, other=0.0 if FOLDED else float("-inf"))
 
 
 @triton.jit
@@ -125,12 +120,16 @@ def _units(packed, start, left, BITS: tl.constexpr, GROUPS: tl.constexpr):
 
 @triton.jit
 def store_packed(packed, start, code, left, BITS: tl.constexpr, GROUPS: tl.constexpr):
-    """Pack the codes of a program's elements, which are 0 past the end."""
+    """Pack the codes of a program's elements."""
     UNIT: tl.constexpr = packed.dtype.element_ty.primitive_bitwidth
     if BITS > 4:
         code = code.to(tl.int64)
     word = tl.sum(code << (tl.arange(0, 8) * BITS).to(code.dtype)[None, :], axis=1)
     at, bits_left = _units(packed, start, left, BITS, GROUPS)
+    if UNIT == 8:  # the last group may not be whole; larger units are of whole groups alone
+        WORD: tl.constexpr = word.dtype.primitive_bitwidth
+        past = (WORD - tl.minimum(tl.maximum(bits_left, 1), BITS * 8)).to(word.dtype)
+        word = (word << past).to(tl.uint64 if BITS > 4 else tl.uint32, bitcast=True) >> past
     for i in tl.static_range(BITS * 8 // UNIT):
         tl.store(at + i, (word >> (i * UNIT)).to(packed.dtype.element_ty), mask=bits_left > i * UNIT)
 
@@ -149,16 +148,28 @@ def load_code(packed, start, left, BITS: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _encode_thresholds(x, packed, boundaries, n, BITS: tl.constexpr, FOLDED: tl.constexpr, GROUPS: tl.constexpr):
+def note_not_a_number(v, flag, FLAG: tl.constexpr):
+    """Make the flag NaN if an element is, or, at FLAG 2, if it is infinite; at FLAG 0 there is none to be made."""
+    if FLAG > 0:
+        of_group = tl.sum(v * 0.0 if FLAG == 2 else tl.where(v == v, 0.0, v), axis=1)
+        tl.store(flag + tl.zeros_like(of_group).to(tl.int32), of_group, mask=of_group != of_group)
+
+
+@triton.jit
+def _encode_thresholds(
+    x, packed, boundaries, flag, n,
+    BITS: tl.constexpr, FOLDED: tl.constexpr, FLAG: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
     start, index, left = elements(n, GROUPS)
-    v = load_least(x, start, index, left, FOLDED).to(boundaries.dtype.element_ty)
+    v = tl.load(x + start + index, mask=index < left, other=0.0).to(boundaries.dtype.element_ty)
+    note_not_a_number(v, flag, FLAG)
     store_packed(packed, start, code_of(v, boundaries, BITS, FOLDED), left, BITS, GROUPS)
 
 
 @triton.jit
 def _encode_above(x, packed, limit, n, GROUPS: tl.constexpr):
     start, index, left = elements(n, GROUPS)
-    v = load_least(x, start, index, left, False).to(limit.dtype.element_ty)
+    v = tl.load(x + start + index, mask=index < left, other=0.0).to(limit.dtype.element_ty)
     store_packed(packed, start, tl.where(v > tl.load(limit), 1, 0), left, 1, GROUPS)
 
 
@@ -167,8 +178,7 @@ def _encode_lookup(x, packed, table, n, BITS: tl.constexpr, GROUPS: tl.constexpr
     """`x`: the bits of 16-bit values, int16."""
     start, index, left = elements(n, GROUPS)
     value = tl.load(x + start + index, mask=index < left, other=0).to(tl.int32) & 0xFFFF
-    code = tl.where(index < left, tl.load(table + value).to(tl.int32), 0)
-    store_packed(packed, start, code, left, BITS, GROUPS)
+    store_packed(packed, start, tl.load(table + value).to(tl.int32), left, BITS, GROUPS)
 
 
 @triton.jit
@@ -281,17 +291,35 @@ def units(packed: Tensor, bits: int, n: int) -> Tensor:
     return packed.view(unit)
 
 
+def new_flag(x: Tensor, *, or_infinite: bool) -> tuple[Tensor, int]:
+    """0, for a kernel to make NaN of; and what for, as it is told."""
+    return torch.zeros((), dtype=computed_in(x.dtype), device=x.device), 2 if or_infinite else 1
+
+
 def encode(x: Tensor, bits: int, coder: Coder) -> Tensor:
     """As `_torch.encode`, byte for byte.
 
     A coder that is neither a `Thresholds`, an `Above`, a `Lookup` nor `not_zero` is a predicate in plain torch: it is
     run chunk by chunk, and what it gives is packed here.
     """
+    return _encode(x, bits, coder, None, 0)
+
+
+def encode_flagged(x: Tensor, bits: int, thresholds: Thresholds, *, or_infinite: bool) -> tuple[Tensor, Tensor]:
+    """As `_dispatch.encode_flagged`."""
+    if not _is_known(thresholds, x.dtype, bits):
+        return encode(x, bits, thresholds), not_a_number(x, or_infinite=or_infinite)
+    flag, kind = new_flag(x, or_infinite=or_infinite)
+    return _encode(x, bits, thresholds, flag, kind), flag
+
+
+def _encode(x: Tensor, bits: int, coder: Coder, flag: Tensor | None, kind: int) -> Tensor:
     packed = torch.empty(packed_bytes(x.numel(), bits), dtype=torch.uint8, device=x.device)
     x = x.detach()
     with on(x.device):
         for start, piece in _pieces(x, whole=_is_known(coder, x.dtype, bits)):
-            _encode_piece(piece, bits, coder, packed[start * bits // 8 :][: packed_bytes(piece.numel(), bits)])
+            its_packed = packed[start * bits // 8 :][: packed_bytes(piece.numel(), bits)]
+            _encode_piece(piece, bits, coder, its_packed, flag, kind)
     return packed
 
 
@@ -378,14 +406,17 @@ def _is_known(coder: Coder, dtype: torch.dtype, bits: int) -> bool:
     return isinstance(coder, Lookup) or (coder is not_zero and bits == 1)
 
 
-def _encode_piece(piece: Tensor, bits: int, coder: Coder, packed: Tensor) -> None:
+def _encode_piece(piece: Tensor, bits: int, coder: Coder, packed: Tensor, flag: Tensor | None, kind: int) -> None:
     n = piece.numel()
     packed = units(packed, bits, n)
     if not _is_known(coder, piece.dtype, bits):
         _pack[grid(n)](coder(piece).view(torch.uint8), packed, n, BITS=bits, GROUPS=GROUPS)
     elif isinstance(coder, Thresholds):
         limits = coder.limits(piece.dtype, piece.device)
-        _encode_thresholds[grid(n)](piece, packed, limits, n, BITS=bits, FOLDED=coder.folded, GROUPS=GROUPS)
+        pointer = limits if flag is None else flag  # one is wanted where none is written
+        _encode_thresholds[grid(n)](
+            piece, packed, limits, pointer, n, BITS=bits, FOLDED=coder.folded, FLAG=kind, GROUPS=GROUPS
+        )
     elif isinstance(coder, Above):
         limit = coder.limits(piece.dtype, piece.device)
         _encode_above[grid(n)](piece, packed, limit, n, GROUPS=GROUPS)

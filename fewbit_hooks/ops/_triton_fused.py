@@ -35,7 +35,19 @@ from torch import Tensor
 from ._coders import Thresholds
 from ._layout import Layout, in_memory_order
 from ._torch import packed_bytes
-from ._triton import GROUPS, INTERPRETED, code_of, elements, grid, load_least, on, round_to, store_packed, units
+from ._triton import (
+    GROUPS,
+    INTERPRETED,
+    code_of,
+    elements,
+    grid,
+    new_flag,
+    note_not_a_number,
+    on,
+    round_to,
+    store_packed,
+    units,
+)
 
 if INTERPRETED:
 
@@ -125,11 +137,12 @@ def activation(x, parameters, NAME: tl.constexpr):
 
 @triton.jit
 def _forward(
-    x, y, packed, boundaries, parameters, n,
-    NAME: tl.constexpr, BITS: tl.constexpr, FOLDED: tl.constexpr, GROUPS: tl.constexpr,
+    x, y, packed, boundaries, parameters, flag, n,
+    NAME: tl.constexpr, BITS: tl.constexpr, FOLDED: tl.constexpr, FLAG: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     start, index, left = elements(n, GROUPS)
-    v = load_least(x, start, index, left, FOLDED).to(boundaries.dtype.element_ty)
+    v = tl.load(x + start + index, mask=index < left, other=0.0).to(boundaries.dtype.element_ty)
+    note_not_a_number(v, flag, FLAG)
     tl.store(y + start + index, round_to(activation(v, parameters, NAME), y), mask=index < left)
     store_packed(packed, start, code_of(v, boundaries, BITS, FOLDED), left, BITS, GROUPS)
 
@@ -137,7 +150,9 @@ def _forward(
 # --- launchers ---
 
 
-def forward(name: str, x: Tensor, bits: int, thresholds: Thresholds, parameters: Tensor) -> tuple[Tensor, Tensor]:
+def forward(
+    name: str, x: Tensor, bits: int, thresholds: Thresholds, parameters: Tensor, or_infinite: bool | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The activation of `x`, and the packed codes of `x`.
 
     Args:
@@ -145,18 +160,20 @@ def forward(name: str, x: Tensor, bits: int, thresholds: Thresholds, parameters:
         x: dense; of a dtype in `_triton.FLOATS`.
         thresholds: 2**bits - 1 of them.
         parameters: those of the formula, in its order; dtype `computed_in(x.dtype)`, on the device of `x`.
+        or_infinite: as for `encode_flagged`; None: no flag.
 
     Returns:
-        A tensor in the layout of `x`; what `encode(x, bits, thresholds)` returns.
+        A tensor in the layout of `x`; what `encode(x, bits, thresholds)` returns; the flag.
     """
     n = x.numel()
     y = Layout.of(x).empty()
     packed = torch.empty(packed_bytes(n, bits), dtype=torch.uint8, device=x.device)
+    flag, kind = (None, 0) if or_infinite is None else new_flag(x, or_infinite=or_infinite)
     if n:
         with on(x.device):
             _forward[grid(n)](
                 in_memory_order(x.detach()), y.as_strided((n,), (1,)), units(packed, bits, n),
-                thresholds.limits(x.dtype, x.device), parameters, n,
-                NAME=name, BITS=bits, FOLDED=thresholds.folded, GROUPS=GROUPS,
+                thresholds.limits(x.dtype, x.device), parameters, parameters if flag is None else flag, n,
+                NAME=name, BITS=bits, FOLDED=thresholds.folded, FLAG=kind, GROUPS=GROUPS,
             )  # fmt: skip
-    return y, packed
+    return y, packed, flag
