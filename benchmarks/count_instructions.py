@@ -120,7 +120,10 @@ def _of(dtype: str, bits: Iterable[int]) -> Iterator[tuple[Any, str, float, dict
         for name in ACTIVATIONS if b == 3 else ():
             yield _triton_fused._forward, name, size + size + code, {**coded, "NAME": name}, types
 
-    yield _triton._encode_above, "", size + 1 / 8, {}, {**bit, "x": x, "limit": computed}
+    for nan in (False, True):
+        variant, types = "with NaN" if nan else "", {**bit, "x": x, "limits": computed}
+        constants = {"OPEN_LOW": True, "OPEN_HIGH": True, "NAN": nan}
+        yield _triton._encode_between, variant, size + 1 / 8, constants, types
     yield _triton._decode, "of int8", 1 / 8 + size, {"BITS": 1, "IN_ROW": 8}, {**bit, "values": "*i8", "out": x}
     if size == 2:
         yield _triton._encode_lookup, "", size + 1 / 8, {"BITS": 1}, {**bit, "x": "*i16", "table": "*u8"}

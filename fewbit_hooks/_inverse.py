@@ -52,7 +52,7 @@ class Inverse:
         self._function = function
         self._derivative = derivative
         self.minimum = minimum
-        self._side = ops.Above(minimum) if minimum is not None else None
+        self._side = ops.Between(minimum, open_low=True) if minimum is not None else None
         self._tables: dict[tuple[torch.dtype, torch.dtype, torch.device], list[Tensor | None]] = {}
         self._slopes: dict[tuple[torch.dtype, torch.dtype, torch.device], Tensor] = {}
 
@@ -62,7 +62,7 @@ class Inverse:
         return 0 if self.minimum is None else 1
 
     @property
-    def side(self) -> ops.Above:
+    def side(self) -> ops.Between:
         """The bit: right of the minimum."""
         assert self._side is not None
         return self._side

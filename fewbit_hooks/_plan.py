@@ -7,6 +7,7 @@ dtype and device is made when the first such tensor comes along.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -186,11 +187,26 @@ class Plan:
 
     def _two_valued_coder(self, dtype: torch.dtype, device: torch.device) -> Coder:
         if dtype not in SIXTEEN_BIT:
-            return self._second_value
+            return self._between(dtype) or self._second_value
         # How a 16-bit kernel rounds its limits (hardtanh's 0.1 in bfloat16) differs from kernel to kernel: ask it.
         values = all_values(dtype).to(device)
         slope = derivative_from(self.function, [values], values)
         return ops.Lookup((slope != slope[0]).to(torch.uint8))
+
+    def _between(self, dtype: torch.dtype) -> ops.Between | None:
+        """The interval whose elements have the second value; None if it is no interval."""
+        values = self._telling_values(dtype)
+        values = values[~values.isnan()].unique()  # ascending
+        second = self._second_value(values)
+        nan = bool(self._second_value(torch.tensor([math.nan], dtype=dtype, device="cpu")))
+        inside = second.nonzero().flatten().tolist()
+        if not inside:
+            return ops.Between(math.inf, -math.inf, nan=nan)
+        first, last = inside[0], inside[-1]
+        low, open_low = _end(values, first, max(first - 1, 0))
+        high, open_high = _end(values, last, min(last + 1, len(values) - 1))
+        found = ops.Between(low, high, open_low=open_low, open_high=open_high, nan=nan)
+        return found if torch.equal(found(values), second) else None
 
     def _second_value(self, v: Tensor) -> Tensor:
         assert self.activation.second_value is not None
@@ -233,15 +249,22 @@ class Plan:
         """Values among which are, on both sides, all places where a two-valued derivative may jump."""
         spread = all_values(dtype if dtype in SIXTEEN_BIT else torch.bfloat16).to(dtype)
         numbers = [p for p in self.parameters.values() if isinstance(p, float) and np.isfinite(p)]
-        # an interval may be too narrow for the spread: add its ends and their mean
-        ends = torch.tensor([*numbers, float(np.mean(numbers or [0]))], dtype=torch.float64, device="cpu").to(dtype)
-        at = torch.cat([spread, ends])
+        # an interval may be too narrow for the spread: add its ends, -lambd among them, and their mean
+        ends = [*numbers, *(-p for p in numbers), float(np.mean(numbers or [0]))]
+        at = torch.cat([spread, torch.tensor(ends, dtype=torch.float64, device="cpu").to(dtype)])
         return torch.cat([at, *(torch.nextafter(at, torch.full_like(at, side)) for side in (-np.inf, np.inf))])
 
     def _codes_of(
         self, values: np.ndarray[Any, np.dtype[np.float64]], dtype: torch.dtype
     ) -> np.ndarray[Any, np.dtype[Any]]:
         return self.coder(dtype, torch.device("cpu"))(torch.from_numpy(values).to(dtype)).numpy().astype(np.int8)
+
+
+def _end(values: Tensor, inside: int, outside: int) -> tuple[float, bool]:
+    """The end of an interval, and whether it is open, where two neighbouring values are the last inside and the first
+    outside. It is the one nearer to 0: beside a 0 the other one is denormal."""
+    within, beyond = float(values[inside]), float(values[outside])
+    return (beyond, True) if abs(beyond) < abs(within) else (within, False)
 
 
 def may_look(t: Tensor) -> bool:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fewbit_hooks as fewbit
-from fewbit_hooks import _plan
+from fewbit_hooks import _plan, ops
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 BITS_OF = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -146,6 +146,31 @@ def test_ties_their_neighbours_denormals_and_infinities(name: str, call: Any, dt
     x = hard_inputs(dtype, nan=False)
     for seed in range(3):
         assert check(name, call, x, some_grads(x.shape, dtype, seed)) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@each_call
+def test_zeros_where_denormals_are_flushed(name: str, call: Any, dtype: torch.dtype) -> None:
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormals")
+    try:
+        x = torch.tensor([0.0, -0.0, 1.0, -1.0], dtype=dtype).repeat(16)
+        assert check(name, call, x, torch.ones_like(x)) == 1
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@each_call
+def test_the_second_value_is_had_in_an_interval_which_a_kernel_knows(
+    name: str, call: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coders: list[Any] = []
+    encode = ops.encode
+    monkeypatch.setattr(ops, "encode", lambda x, bits, coder: (coders.append(coder), encode(x, bits, coder))[1])
+    x = torch.linspace(-8, 8, 64, dtype=dtype)
+    check(name, call, x, torch.ones_like(x))
+    assert [type(coder) for coder in coders] == [ops.Between]
 
 
 @each_dtype

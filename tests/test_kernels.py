@@ -181,12 +181,30 @@ def test_what_is_above_a_boundary_is_told_exactly(kernels: Kernels, dtype: torch
     x = hard_values(np.array([boundary]), dtype)
     for n in (len(x), len(x) // 8 * 8):
         above = ops.pack_bits(x[:n].double() > boundary, 1)
-        assert torch.equal(kernels.encode(x[:n], 1, ops.Above(boundary)), above)
-        assert torch.equal(_torch.encode(x[:n], 1, ops.Above(boundary)), above)
+        assert torch.equal(kernels.encode(x[:n], 1, ops.Between(boundary, open_low=True)), above)
+        assert torch.equal(_torch.encode(x[:n], 1, ops.Between(boundary, open_low=True)), above)
     views = x[: n // 2 * 2].view(2, -1).t(), x[::3]
     for view in views:
-        coder = ops.Above(boundary)
+        coder = ops.Between(boundary, open_low=True)
         assert torch.equal(kernels.encode(view, 1, coder), _torch.encode(view, 1, coder))
+
+
+@pytest.mark.parametrize("nan", [False, True])
+@pytest.mark.parametrize(("open_low", "open_high"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_between_two_numbers_is_told_exactly(
+    kernels: Kernels, dtype: torch.dtype, open_low: bool, open_high: bool, nan: bool
+) -> None:
+    for low, high in ((-0.7517916, 1e-50), (0.0, 0.1), (-np.inf, 0.0), (0.1, np.inf), (0.5, 0.5), (np.inf, -np.inf)):
+        x = hard_values(np.array([low, high]), dtype)
+        exact = x.double()
+        above = exact > low if open_low else exact >= low
+        within = exact < high if open_high else exact <= high
+        expected = torch.where(x.isnan(), nan, above & within)
+        coder = ops.Between(low, high, open_low=open_low, open_high=open_high, nan=nan)
+        assert x.isnan().any()
+        assert torch.equal(kernels.encode(x, 1, coder), ops.pack_bits(expected, 1))
+        assert torch.equal(_torch.encode(x, 1, coder), ops.pack_bits(expected, 1))
 
 
 @pytest.mark.parametrize("bits", [1, 3, 5])

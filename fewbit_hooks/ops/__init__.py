@@ -1,6 +1,6 @@
 """Elements to codes, codes to bytes, and back. Knows nothing of autograd, of scopes or of codebooks."""
 
-from ._coders import Above as Above
+from ._coders import Between as Between
 from ._coders import Coder as Coder
 from ._coders import Lookup as Lookup
 from ._coders import Thresholds as Thresholds

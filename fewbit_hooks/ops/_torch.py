@@ -41,7 +41,7 @@ def encode(x: Tensor, bits: int, coder: Coder) -> Tensor:
     Args:
         x: any shape, strides, dtype and device.
         bits: 1 to 8.
-        coder: gives a chunk's codes, each below 2**bits; `Thresholds`, `Above`, or a predicate.
+        coder: gives a chunk's codes, each below 2**bits; `Thresholds`, `Between`, or a predicate.
 
     Returns:
         1-D uint8 tensor of `packed_bytes(x.numel(), bits)` elements.

@@ -52,7 +52,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._beside import in_order_of
-from ._coders import Above, Coder, Lookup, Thresholds
+from ._coders import Between, Coder, Lookup, Thresholds
 from ._layout import INTEGERS, Layout, chunks, computed_in, in_memory_order, is_dense
 from ._torch import in_a_row, not_a_number, packed_bytes
 from ._two_values import encode_two_values as encode_two_values  # no kernel would spare the host the waiting
@@ -167,10 +167,18 @@ def _encode_thresholds(
 
 
 @triton.jit
-def _encode_above(x, packed, limit, n, GROUPS: tl.constexpr):
+def _encode_between(
+    x, packed, limits, n,
+    OPEN_LOW: tl.constexpr, OPEN_HIGH: tl.constexpr, NAN: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
     start, index, left = elements(n, GROUPS)
-    v = tl.load(x + start + index, mask=index < left, other=0.0).to(limit.dtype.element_ty)
-    store_packed(packed, start, tl.where(v > tl.load(limit), 1, 0), left, 1, GROUPS)
+    v = tl.load(x + start + index, mask=index < left, other=0.0).to(limits.dtype.element_ty)
+    low, high = tl.load(limits), tl.load(limits + 1)
+    if NAN:
+        between = ((v <= low if OPEN_LOW else v < low) | (v >= high if OPEN_HIGH else v > high)) == 0
+    else:
+        between = (v > low if OPEN_LOW else v >= low) & (v < high if OPEN_HIGH else v <= high)
+    store_packed(packed, start, tl.where(between, 1, 0), left, 1, GROUPS)
 
 
 @triton.jit
@@ -299,7 +307,7 @@ def new_flag(x: Tensor, *, or_infinite: bool) -> tuple[Tensor, int]:
 def encode(x: Tensor, bits: int, coder: Coder) -> Tensor:
     """As `_torch.encode`, byte for byte.
 
-    A coder that is neither a `Thresholds`, an `Above`, a `Lookup` nor `not_zero` is a predicate in plain torch: it is
+    A coder that is neither a `Thresholds`, a `Between`, a `Lookup` nor `not_zero` is a predicate in plain torch: it is
     run chunk by chunk, and what it gives is packed here.
     """
     return _encode(x, bits, coder, None, 0)
@@ -401,7 +409,7 @@ def _pieces(x: Tensor, whole: bool) -> Any:
 def _is_known(coder: Coder, dtype: torch.dtype, bits: int) -> bool:
     if isinstance(coder, Thresholds):
         return dtype in FLOATS and coder.count == (1 << bits) - 1
-    if isinstance(coder, Above):
+    if isinstance(coder, Between):
         return dtype in FLOATS and bits == 1
     return isinstance(coder, Lookup) or (coder is not_zero and bits == 1)
 
@@ -417,9 +425,12 @@ def _encode_piece(piece: Tensor, bits: int, coder: Coder, packed: Tensor, flag: 
         _encode_thresholds[grid(n)](
             piece, packed, limits, pointer, n, BITS=bits, FOLDED=coder.folded, FLAG=kind, GROUPS=GROUPS
         )
-    elif isinstance(coder, Above):
-        limit = coder.limits(piece.dtype, piece.device)
-        _encode_above[grid(n)](piece, packed, limit, n, GROUPS=GROUPS)
+    elif isinstance(coder, Between):
+        limits = coder.limits(piece.dtype, piece.device)
+        _encode_between[grid(n)](
+            piece, packed, limits, n,
+            OPEN_LOW=coder.open_low, OPEN_HIGH=coder.open_high, NAN=coder.nan, GROUPS=GROUPS,
+        )  # fmt: skip
     elif isinstance(coder, Lookup):
         _encode_lookup[grid(n)](piece.view(torch.int16), packed, coder.table, n, BITS=bits, GROUPS=GROUPS)
     else:
