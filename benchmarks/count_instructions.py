@@ -41,6 +41,8 @@ WARPS = 4  # Triton's default
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8, "bool": 1}
 """The dtypes; those of floats by the names that Triton gives them."""
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "mish", "elu", "softplus", "tanh", "sigmoid", "hardswish")
+EVEN = ("tanh", "sigmoid")
+"""Those whose derivative is even: their codes are of |x|."""
 
 
 class Build(NamedTuple):
@@ -118,7 +120,8 @@ def _of(dtype: str, bits: Iterable[int]) -> Iterator[tuple[Any, str, float, dict
         yield _triton._multiply, "", size + code + size, looked_up, types
         types = {"x": x, "y": x, "packed": packed, "boundaries": computed, "parameters": computed, "flag": computed}
         for name in ACTIVATIONS if b == 3 else ():
-            yield _triton_fused._forward, name, size + size + code, {**coded, "NAME": name}, types
+            constants = {**coded, "NAME": name, "FOLDED": name in EVEN}
+            yield _triton_fused._forward, name, size + size + code, constants, types
 
     for nan in (False, True):
         variant, types = "with NaN" if nan else "", {**bit, "x": x, "limits": computed}

@@ -49,8 +49,8 @@ LESSONS = """\
   the product anyway.
 - **Where nothing helps** (ResNet) a learned scope costs nothing.
 - **Cheap models pay most**: a coded call costs some tenths of a millisecond of Python, forward and backward.
-  MobileNetV2, which makes 35 of them in a step of 0.2 s at 160 x 160 pixels, takes about a tenth longer on the CPU; at
-  its own size, 224 x 224, 0 to 5 %, which is the noise there. The launch-bound model makes six in 20 ms, and pays a
+  MobileNetV2, which makes 35 of them in a step of 0.2 s at 160 x 160 pixels, takes 6 to 9 % longer on the CPU; at its
+  own size, 224 x 224, 0 to 2 %, less than the noise there. The launch-bound model makes six in 20 ms, and pays a
   quarter. `min_bytes` leaves them out.
 - **Dropout's masks** are floats on the CPU, and the host looks at each element: 3 to 5 % of RoBERTa's step, and 7 % of
   that of LoRA's adapters, each of which has one.
