@@ -195,8 +195,10 @@ class Plan:
 
     def _between(self, dtype: torch.dtype) -> ops.Between | None:
         """The interval whose elements have the second value; None if it is no interval."""
-        values = self._telling_values(dtype)
-        values = values[~values.isnan()].unique()  # ascending
+        # all constants of ours are small integers; to sort every bfloat16 takes 10 ms, at each limit of a clipping
+        integers = torch.arange(-128.0, 128.0, dtype=dtype, device="cpu")
+        infinities = torch.tensor([-math.inf, math.inf], dtype=dtype, device="cpu")
+        values = self._and_around_parameters(torch.cat([integers, infinities])).unique()  # ascending
         second = self._second_value(values)
         nan = bool(self._second_value(torch.tensor([math.nan], dtype=dtype, device="cpu")))
         inside = second.nonzero().flatten().tolist()
@@ -247,11 +249,14 @@ class Plan:
 
     def _telling_values(self, dtype: torch.dtype) -> Tensor:
         """Values among which are, on both sides, all places where a two-valued derivative may jump."""
-        spread = all_values(dtype if dtype in SIXTEEN_BIT else torch.bfloat16).to(dtype)
+        return self._and_around_parameters(all_values(dtype if dtype in SIXTEEN_BIT else torch.bfloat16).to(dtype))
+
+    def _and_around_parameters(self, spread: Tensor) -> Tensor:
+        """These values, and the parameters, and the neighbours of both."""
         numbers = [p for p in self.parameters.values() if isinstance(p, float) and np.isfinite(p)]
         # an interval may be too narrow for the spread: add its ends, -lambd among them, and their mean
         ends = [*numbers, *(-p for p in numbers), float(np.mean(numbers or [0]))]
-        at = torch.cat([spread, torch.tensor(ends, dtype=torch.float64, device="cpu").to(dtype)])
+        at = torch.cat([spread, torch.tensor(ends, dtype=torch.float64, device="cpu").to(spread.dtype)])
         return torch.cat([at, *(torch.nextafter(at, torch.full_like(at, side)) for side in (-np.inf, np.inf))])
 
     def _codes_of(
