@@ -89,14 +89,16 @@ def builds(dtypes: Iterable[str], bits: Iterable[int], n: str = "i32") -> Iterat
 
     Args:
         bits: for those kernels that there are for several.
-        n: the type of the number of elements; "": it is 1, of which Triton makes a constant.
+        n: the type of the number of elements; "": it is 1, of which Triton makes a constant. One is no whole group, and
+            so codes are moved in bytes.
     """
     for dtype in dtypes:
         for kernel, variant, moved, constants, types in _of(dtype, bits):
             if n:
                 yield Build(kernel, dtype, variant, moved, constants, {**types, "n": n})
             else:
-                yield Build(kernel, dtype, variant, moved, {**constants, "n": 1}, {**types})
+                in_bytes = {name: "*u8" if name == "packed" else kind for name, kind in types.items()}
+                yield Build(kernel, dtype, variant, moved, {**constants, "n": 1}, in_bytes)
 
 
 def _of(dtype: str, bits: Iterable[int]) -> Iterator[tuple[Any, str, float, dict[str, Any], dict[str, str]]]:

@@ -57,7 +57,8 @@ class Coding(NamedTuple):
 
 def coding(settings: Settings) -> Coding | None:
     """None where nothing is coded in compiled graphs: exact, or what goes by modules, tensors or given codebooks."""
-    if settings.exact or settings.exclude or settings.codebooks or callable(settings.bits) or settings.bits is None:
+    by_module_or_tensor = settings.exclude.rules or callable(settings.bits)
+    if settings.exact or by_module_or_tensor or settings.codebooks or settings.bits is None:
         return None
     if isinstance(settings.bits, Mapping):
         named = tuple(sorted((name, bits) for name, bits in settings.bits.items() if name != "default"))

@@ -38,9 +38,6 @@ class Exclusion:
                 )
         self._found: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
-    def __bool__(self) -> bool:
-        return bool(self.rules)
-
     def here(self) -> bool:
         """Whether a rule names a module whose forward is running."""
         inner = _modules.innermost_module()

@@ -227,7 +227,7 @@ def _run(entry: _stack.Entry, unit: Unit, forward: Any, module: nn.Module, x: An
     if (
         not isinstance(x, Tensor)
         or _policy.obstacle(x, entry.hooks)
-        or (exclude and exclude.here())
+        or (exclude.rules and exclude.here())
         or ops.gated_backend(x.device).kernels is None
     ):
         return forward(module, x)

@@ -42,7 +42,7 @@ def run(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwa
         not entry.recomputes
         or entry.hooks is not None  # innermost hooks win: those that were there before ours keep what is kept
         or (admitted := admits(args, kwargs, settings.min_bytes)) is None
-        or (settings.exclude and settings.exclude.here())
+        or (settings.exclude.rules and settings.exclude.here())
     ):
         return func(*args, **kwargs)
     x, tensors = admitted

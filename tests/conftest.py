@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,6 +47,12 @@ def normed(*more: nn.Module) -> nn.Sequential:
     """The same with a norm and a tanh, and with further layers between."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.GELU(), *more, nn.Linear(16, 3), nn.Tanh())
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV that a benchmark wrote."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def quiet(**settings: Any) -> fewbit.scope:

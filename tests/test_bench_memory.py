@@ -16,6 +16,8 @@ import fewbit_hooks as fewbit
 import page_memory
 from held import held_for_backward
 
+from .conftest import rows_of
+
 Table = list[dict[str, Any]]
 
 
@@ -25,8 +27,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Table:
     pytest.importorskip("peft", reason="peft is not installed")
     path = tmp_path_factory.mktemp("results") / "memory.csv"
     bench_memory.main(["--quick", "--csv", str(path)])
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return rows_of(path)
 
 
 def figures(row: dict[str, str], *columns: str) -> int:
@@ -136,8 +137,7 @@ def test_the_walk_counts_what_hooks_keep_and_what_a_function_keeps_as_an_attribu
 def test_the_page_says_what_the_csv_says() -> None:
     page = page_memory.memory_page()
     assert (page_memory.DOCS / "memory.md").read_text(encoding="utf-8") == page
-    with page_memory.CSV.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(page_memory.CSV)
     assert set(rows[0]) == set(bench_memory.COLUMNS)
     assert {row["model"] for row in rows} == set(bench_memory.MODELS)
     assert all(f"| {row['model']}" in page for row in rows)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 
 import pytest
 
 import bench_ops
+
+from .conftest import rows_of
 
 bench_step = pytest.importorskip("bench_step", reason="transformers is not installed", exc_type=ImportError)
 bench_batch = pytest.importorskip("bench_batch", reason="transformers is not installed", exc_type=ImportError)
@@ -16,14 +17,9 @@ bench_batch = pytest.importorskip("bench_batch", reason="transformers is not ins
 pytestmark = pytest.mark.filterwarnings("ignore:fewbit_hooks.scope compressed nothing")
 
 
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_of_each_op(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench_ops.main(["--quick", "--csv", str(tmp_path / "ops.csv")])
-    table = rows(tmp_path / "ops.csv")
+    table = rows_of(tmp_path / "ops.csv")
     found = {(row["op"], row["way"], row["bits"], row["dtype"]) for row in table}
     assert len(found) == len(table)
     for op in bench_ops.OPS:
@@ -38,7 +34,7 @@ def test_of_each_op(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_of_some_ops_and_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bench_ops.main(["--quick", "--bits", "2", "4", "--csv", str(tmp_path / "ops.csv"), "silu", "relu"])
-    found = {(row["op"], row["bits"]) for row in rows(tmp_path / "ops.csv")}
+    found = {(row["op"], row["bits"]) for row in rows_of(tmp_path / "ops.csv")}
     assert found == {("silu", "2"), ("silu", "4"), ("relu", "1")}
     with pytest.raises(SystemExit):
         bench_ops.main(["gelo"])
@@ -48,7 +44,7 @@ def test_of_some_ops_and_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_of_a_step(tmp_path: Path) -> None:
     bench_step.main(["--quick", "--csv", str(tmp_path / "step.csv")])
-    table = {row["row"]: row for row in rows(tmp_path / "step.csv")}
+    table = {row["row"]: row for row in rows_of(tmp_path / "step.csv")}
     assert list(table) == list(bench_step.ROWS)
     held = {name: int(row["held_bytes"]) for name, row in table.items()}
     assert held["scope(exact=True)"] <= held["stock"] == held["stock again"]
@@ -62,7 +58,7 @@ def test_of_a_step(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_of_the_largest_batch(tmp_path: Path) -> None:
     bench_batch.main(["--quick", "--csv", str(tmp_path / "batch.csv")])
-    table = {row["row"]: row for row in rows(tmp_path / "batch.csv")}
+    table = {row["row"]: row for row in rows_of(tmp_path / "batch.csv")}
     assert all(int(row["bytes"]) <= int(row["budget_bytes"]) for row in table.values())
     batch = {name: int(row["batch"]) for name, row in table.items()}
     assert 0 < batch["stock"] < batch["scope(bits=3)"] <= batch["scope(bits=3, recompute=True)"]

@@ -299,8 +299,10 @@ def units(packed: Tensor, bits: int, n: int) -> Tensor:
     return packed.view(unit)
 
 
-def new_flag(x: Tensor, *, or_infinite: bool) -> tuple[Tensor, int]:
-    """0, for a kernel to make NaN of; and what for, as it is told."""
+def new_flag(x: Tensor, or_infinite: bool | None) -> tuple[Tensor | None, int]:
+    """0, for a kernel to make NaN of, and what for, as it is told; none where `or_infinite` is None."""
+    if or_infinite is None:
+        return None, 0
     return torch.zeros((), dtype=computed_in(x.dtype), device=x.device), 2 if or_infinite else 1
 
 
@@ -310,25 +312,27 @@ def encode(x: Tensor, bits: int, coder: Coder) -> Tensor:
     A coder that is neither a `Thresholds`, a `Between`, a `Lookup` nor `not_zero` is a predicate in plain torch: it is
     run chunk by chunk, and what it gives is packed here.
     """
-    return _encode(x, bits, coder, None, 0)
+    return _encode(x, bits, coder, None)[0]
 
 
 def encode_flagged(x: Tensor, bits: int, thresholds: Thresholds, *, or_infinite: bool) -> tuple[Tensor, Tensor]:
     """As `_dispatch.encode_flagged`."""
     if not _is_known(thresholds, x.dtype, bits):
         return encode(x, bits, thresholds), not_a_number(x, or_infinite=or_infinite)
-    flag, kind = new_flag(x, or_infinite=or_infinite)
-    return _encode(x, bits, thresholds, flag, kind), flag
+    packed, flag = _encode(x, bits, thresholds, or_infinite)
+    assert flag is not None
+    return packed, flag
 
 
-def _encode(x: Tensor, bits: int, coder: Coder, flag: Tensor | None, kind: int) -> Tensor:
+def _encode(x: Tensor, bits: int, coder: Coder, or_infinite: bool | None) -> tuple[Tensor, Tensor | None]:
+    flag, kind = new_flag(x, or_infinite)
     packed = torch.empty(packed_bytes(x.numel(), bits), dtype=torch.uint8, device=x.device)
     x = x.detach()
     with on(x.device):
         for start, piece in _pieces(x, whole=_is_known(coder, x.dtype, bits)):
             its_packed = packed[start * bits // 8 :][: packed_bytes(piece.numel(), bits)]
             _encode_piece(piece, bits, coder, its_packed, flag, kind)
-    return packed
+    return packed, flag
 
 
 def decode(packed: Tensor, rows: Tensor, bits: int, layout: Layout) -> Tensor:

@@ -168,7 +168,7 @@ def forward(
     n = x.numel()
     y = Layout.of(x).empty()
     packed = torch.empty(packed_bytes(n, bits), dtype=torch.uint8, device=x.device)
-    flag, kind = (None, 0) if or_infinite is None else new_flag(x, or_infinite=or_infinite)
+    flag, kind = new_flag(x, or_infinite)
     if n:
         with on(x.device):
             _forward[grid(n)](
