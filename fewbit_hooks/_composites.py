@@ -209,7 +209,7 @@ def _run(entry: Any, composite: Composite, module: nn.Module, args: tuple[Any, .
         facts = _known(module, x)
         if facts is not None and not facts.reason and not facts.gains(composite):
             return run_it()  # a native node, which the mode sees
-        return _run_activation(entry, composite, module, x, run_it)
+        return _run_activation(entry, composite, module, x, run_it, facts)
     settings, ledger = entry.scope._settings, entry.scope._ledger
     parameters = own(module)
     if not settings.recompute or parameters is None:
@@ -232,7 +232,12 @@ def _run(entry: Any, composite: Composite, module: nn.Module, args: tuple[Any, .
 
 
 def _run_activation(
-    entry: _stack.Entry, composite: Composite, module: nn.Module, x: Tensor, run_it: functools.partial[Tensor]
+    entry: _stack.Entry,
+    composite: Composite,
+    module: nn.Module,
+    x: Tensor,
+    run_it: functools.partial[Tensor],
+    facts: Facts | None,
 ) -> Tensor:
     settings, call = entry.scope._settings, composite.call
     assert call is not None
@@ -241,7 +246,7 @@ def _run_activation(
         if not _treatment.admits(entry, call.name, x):
             with _stack.hidden() if x.requires_grad else contextlib.nullcontext():  # it was counted, as a whole
                 return run_it()
-        facts = look_at(composite, module, x)
+        facts = facts or look_at(composite, module, x)
         if facts.reason:
             raise Keep(facts.reason)
         if not facts.gains(composite):
