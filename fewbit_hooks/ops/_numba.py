@@ -6,33 +6,32 @@ fewbit_hooks`.
 NOTE [ Compiled loops ]
 
 1. A loop is compiled when it first meets a dtype, which takes a moment, and kept on disk by numba.
-2. It runs without the GIL, on the calling thread: numba's own threads survive no fork. What is large is shared out
-   among threads of ours (`_share`).
-3. What is only moved (stand-ins, values to be looked up) is moved as integers. So a dtype that numba does not know is
+2. It runs without the GIL: on the calling thread, or, of many elements, on those of torch (NOTE [ Torch's threads ] in
+   `_team.py`). Numba's own threads survive no fork.
+3. All loops take the same: `values`, the elements as they lie in memory; `halves`, 16-bit floats by their bits, of
+   which values are looked up; `codes`, packed; a `table`; and the bits of a code. What a loop does not use is empty.
+4. What is only moved (stand-ins, values to be looked up) is moved as integers. So a dtype that numba does not know is
    none of its business, and no NaN changes its bits.
-4. Indices are in range by construction, whatever the data is: numba does not check them.
+5. Indices are in range by construction, whatever the data is: numba does not check them.
 
-(measured, AVX-512, float32; in brackets plain torch on two cores) encode 3 bits 0.7 ns an element (1.1), decode 0.4
-(0.5), decode beside an output 0.65 (1.5), a mask packed 0.7 (0.9) and unpacked 0.16 (0.4). Of 24,576 elements the same
-take 14 to 25 us, and 27 to 66.
+(measured, AVX-512, two cores, 2^22 float32 elements; in brackets plain torch) encode and decode 3 bits 0.5 ns an element
+(1.7), beside an output 0.6 (1.3), a mask 0.25 (1.8). Of 24,576 elements each takes 11 to 25 us, and 27 to 66.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import numba
 import numpy as np
 import torch
+from numba.extending import register_jitable
 from torch import Tensor
 
-from . import _beside, _torch, _two_values
+from . import _beside, _team, _torch, _two_values
 from ._beside import in_order_of
 from ._coders import Coder, Lookup, Thresholds, sixteen_bits
 from ._layout import INTEGERS, Layout, chunks
@@ -42,32 +41,26 @@ from ._two_values import as_integers
 if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
-T = TypeVar("T")
-
-
-def compiled(loop: Any) -> Any:
-    """The loop, to be compiled on first use."""
-    try:
-        return numba.njit(nogil=True, cache=True)(loop)
-    except RuntimeError:  # there is no place on disk that it could be kept in
-        return numba.njit(nogil=True)(loop)
+Loop = Callable[..., None]
+NONE = np.empty(0, np.uint8)
+NO_HALVES = np.empty(0, np.uint16)
 
 
 # --- loops: arithmetic only, and of whole groups of 8 elements: a count that is known is unrolled ---
 
 
-@compiled
-def _encode_lookup(values, table, bits, packed):
-    """`values`: uint16, the bits of 16-bit floats; `table`: the code of each."""
-    for group in range(values.size // 8):
+@register_jitable
+def _encode_lookup(values, halves, codes, table, bits):
+    """`table`: the code of each 16-bit float."""
+    for group in range(halves.size // 8):
         word = np.uint64(0)
         for i in range(8):
-            word |= np.uint64(table[values[8 * group + i]]) << np.uint64(i * bits)
+            word |= np.uint64(table[halves[8 * group + i]]) << np.uint64(i * bits)
         for byte in range(bits):
-            packed[group * bits + byte] = np.uint8(word >> np.uint64(8 * byte))
+            codes[group * bits + byte] = np.uint8(word >> np.uint64(8 * byte))
 
 
-@compiled
+@numba.njit(nogil=True)
 def _first(x):
     """The first that is not 0; 0 where there is none."""
     for v in x:
@@ -76,85 +69,99 @@ def _first(x):
     return x.dtype.type(0)
 
 
-@compiled
-def _encode_mask(x, other, packed):
-    """Whether each element is 0 or the other value."""
-    third = np.uint8(0)
-    for group in range(x.size // 8):
+@register_jitable
+def _encode_mask(values, halves, codes, table, bits):
+    """Whether each element is 0 or the other value, `table[0]`; if one is neither, `table[1]` is set to 1."""
+    third, other = np.uint8(0), table[0]
+    for group in range(values.size // 8):
         byte = np.uint8(0)
         for i in range(8):
-            v = x[8 * group + i]
+            v = values[8 * group + i]
             one = np.uint8(v != 0)
             third |= np.uint8(one & np.uint8(v != other))
             byte |= one << np.uint8(i)
-        packed[group] = byte
-    return third == 0
+        codes[group] = byte
+    if third:
+        table[1] = 1
 
 
-@compiled
-def _decode_bits(packed, zero, one, out):
+@register_jitable
+def _decode_bits(values, halves, codes, table, bits):
     """1 bit: a choice, which vectors can make."""
-    for group in range(out.size // 8):
-        byte = np.uint32(packed[group])
+    zero, one = table[0], table[1]
+    for group in range(values.size // 8):
+        byte = np.uint32(codes[group])
         for i in range(8):
-            out[8 * group + i] = one if (byte >> np.uint32(i)) & np.uint32(1) else zero
+            values[8 * group + i] = one if (byte >> np.uint32(i)) & np.uint32(1) else zero
 
 
-@compiled
-def _decode(packed, table, bits, out):
+@register_jitable
+def _decode(values, halves, codes, table, bits):
     low = np.uint64((1 << bits) - 1)
-    for group in range(out.size // 8):
+    for group in range(values.size // 8):
         word = np.uint64(0)
         for byte in range(bits):
-            word |= np.uint64(packed[group * bits + byte]) << np.uint64(8 * byte)
+            word |= np.uint64(codes[group * bits + byte]) << np.uint64(8 * byte)
         for i in range(8):
-            out[8 * group + i] = table[(word >> np.uint64(i * bits)) & low]
+            values[8 * group + i] = table[(word >> np.uint64(i * bits)) & low]
 
 
-@compiled
-def _decode_beside(output, packed, table, out):
-    """`output`: uint16, the bits of 16-bit floats."""
-    for group in range(out.size // 8):
-        byte = np.uint32(packed[group])
+@register_jitable
+def _decode_beside(values, halves, codes, table, bits):
+    """`halves`: the output; `codes`: the sides."""
+    for group in range(values.size // 8):
+        byte = np.uint32(codes[group])
         for i in range(8):
             side = (byte >> np.uint32(i)) & np.uint32(1)
-            out[8 * group + i] = table[np.uint32(output[8 * group + i]) + (side << np.uint32(16))]
+            values[8 * group + i] = table[np.uint32(halves[8 * group + i]) + (side << np.uint32(16))]
 
 
-@compiled
-def _decode_from(output, table, out):
+@register_jitable
+def _decode_from(values, halves, codes, table, bits):
     """The same without sides."""
-    for i in range(out.size):
-        out[i] = table[output[i]]
+    for i in range(values.size):
+        values[i] = table[halves[i]]
 
 
-# --- launchers: they allocate, and share the work out; what has no whole groups is left to plain torch ---
+# --- launchers: they allocate, and run loops; what has no whole groups is left to plain torch ---
 
-PIECE = 1 << 18
-"""Elements that a thread is worth waking for."""
-
-
-def _share(n: int, work: Callable[[int, int], T]) -> list[T]:
-    """What `work` makes of the elements `start` to `stop`, for pieces of whole groups that make up n.
-
-    They are shared out among half as many threads as torch has: its own go on spinning for a while after an operation.
-    (measured, 2 cores, in a step) a second thread gains nothing.
-    """
-    pieces = min(torch.get_num_threads() // 2, n // PIECE) if n >= 2 * PIECE else 1
-    if pieces <= 1:
-        return [work(0, n)]
-    ends = [n * i // pieces // 8 * 8 for i in range(1, pieces + 1)]
-    others = [_threads().submit(work, start, stop) for start, stop in itertools.pairwise(ends)]
-    return [work(0, ends[0]), *(other.result() for other in others)]
+FEW = 1 << 17
+"""(measured, 2 cores) fewer elements take the calling thread about as long as it takes the team to begin and end."""
 
 
-@functools.lru_cache(maxsize=1)
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), "fewbit_hooks")
+def _run(loop: Loop, codes: Any, table: Any, bits: int = 1, *, values: Any = NONE, halves: Any = NO_HALVES) -> None:
+    """Run a loop over all groups."""
+    n = max(values.size, halves.size)
+    if n < FEW or _team.threads() == 1:
+        _alone(loop)(values, halves, codes, table, bits)
+        return
+    at = [array.ctypes.data for array in (values, halves, codes, table)]
+    _team.run(_together(loop, values.dtype.type, table.dtype.type), np.array([n // 8, bits, *at, table.size, 0]))
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_threads.cache_clear)  # threads survive no fork
+@functools.cache
+def _alone(loop: Loop) -> Any:
+    """The loop on the calling thread."""
+    return _team.cached(numba.njit, nogil=True)(loop)
+
+
+@functools.cache
+def _together(loop: Loop, of_values: Any, of_table: Any) -> int:
+    """The address of the loop as a region of torch's team: each thread's share of the groups."""
+    size = of_values().itemsize
+
+    @_team.region
+    def region(data):
+        job = _team.job_at(data)
+        first, n = _team.share_of(job[0])
+        bits = job[1]
+        values = _team.array_at(job[2] + first * 8 * size, n * 8, of_values)
+        halves = _team.array_at(job[3] + first * 8 * 2, n * 8, np.uint16)
+        codes = _team.array_at(job[4] + first * bits, n * bits, np.uint8)
+        loop(values, halves, codes, _team.array_at(job[5], job[6], of_table), bits)
+
+    address: int = region.address
+    return address
 
 
 def encode(x: Tensor, bits: int, coder: Coder) -> Tensor:
@@ -167,14 +174,10 @@ def encode(x: Tensor, bits: int, coder: Coder) -> Tensor:
         return _torch.encode(x, bits, coder)
     table, scale = found[0].table.numpy(), found[1]
     packed = torch.empty(packed_bytes(x.numel(), bits), dtype=torch.uint8, device=x.device)
+    codes = packed.numpy()
     for begin, chunk in chunks(x.detach()):
-        values, codes = sixteen_bits(chunk, scale).numpy(), packed.numpy()[begin // 8 * bits :]
-        _share(values.size, functools.partial(_encode_piece, values, table, bits, codes))
+        _run(_encode_lookup, codes[begin // 8 * bits :], table, bits, halves=sixteen_bits(chunk, scale).numpy())
     return packed
-
-
-def _encode_piece(values: Any, table: Any, bits: int, codes: Any, start: int, stop: int) -> None:
-    _encode_lookup(values[start:stop], table, bits, codes[start // 8 * bits :])
 
 
 def encode_two_values(x: Tensor) -> tuple[Tensor, int] | None:
@@ -182,18 +185,17 @@ def encode_two_values(x: Tensor) -> tuple[Tensor, int] | None:
     if x.numel() % 8:
         return _two_values.encode_two_values(x)
     packed = torch.empty(packed_bytes(x.numel(), 1), dtype=torch.uint8, device=x.device)
-    other = 0
+    codes, other = packed.numpy(), 0
     for begin, chunk in chunks(as_integers(x.detach())):
-        values, codes = chunk.numpy(), packed.numpy()[begin // 8 :]
+        values = chunk.numpy()
         other = other or int(_first(values))
-        if other < 0 or not all(_share(values.size, functools.partial(_encode_mask_piece, values, other, codes))):
+        if other < 0:
+            return None
+        table = np.array([other, 0], values.dtype)
+        _run(_encode_mask, codes[begin // 8 :], table, values=values)
+        if table[1]:
             return None
     return packed, other
-
-
-def _encode_mask_piece(values: Any, other: int, codes: Any, start: int, stop: int) -> bool:
-    alone: bool = _encode_mask(values[start:stop], values.dtype.type(other), codes[start // 8 :])
-    return alone
 
 
 def decode(packed: Tensor, rows: Tensor, bits: int, layout: Layout) -> Tensor:
@@ -209,15 +211,8 @@ def decode(packed: Tensor, rows: Tensor, bits: int, layout: Layout) -> Tensor:
     values = rows.view(torch.int8 if small else as_bits)[: in_row << bits : in_row]
     table = (values.to(out.dtype).view(as_bits) if small else values).contiguous().numpy()
     flat = out.as_strided((n,), (1,)).view(as_bits).numpy()
-    _share(n, functools.partial(_decode_piece, packed.numpy(), table, bits, flat))
+    _run(_decode_bits if bits == 1 else _decode, packed.numpy(), table, bits, values=flat)
     return out
-
-
-def _decode_piece(codes: Any, table: Any, bits: int, out: Any, start: int, stop: int) -> None:
-    if bits == 1:
-        _decode_bits(codes[start // 8 :], table[0], table[1], out[start:stop])
-    else:
-        _decode(codes[start * bits // 8 :], table, bits, out[start:stop])
 
 
 def decode_beside(output: Tensor, packed: Tensor | None, table: Tensor, layout: Layout) -> Tensor:
@@ -226,16 +221,9 @@ def decode_beside(output: Tensor, packed: Tensor | None, table: Tensor, layout: 
         return _beside.decode_beside(output, packed, table, layout)
     out = layout.empty()
     as_bits = INTEGERS[out.element_size()]
-    whole, values = out.as_strided((out.numel(),), (1,)).view(as_bits).numpy(), table.view(as_bits).numpy()
+    whole, entries = out.as_strided((out.numel(),), (1,)).view(as_bits).numpy(), table.view(as_bits).numpy()
+    sides, loop = (NONE, _decode_from) if packed is None else (packed.numpy(), _decode_beside)
     for begin, chunk in chunks(in_order_of(layout, output.detach())):
-        half, flat = sixteen_bits(chunk).numpy(), whole[begin : begin + chunk.numel()]
-        sides = packed.numpy()[begin // 8 :] if packed is not None else None
-        _share(flat.size, functools.partial(_decode_beside_piece, half, sides, values, flat))
+        values = whole[begin : begin + chunk.numel()]
+        _run(loop, sides[begin // 8 :], entries, values=values, halves=sixteen_bits(chunk).numpy())
     return out
-
-
-def _decode_beside_piece(output: Any, sides: Any, table: Any, out: Any, start: int, stop: int) -> None:
-    if sides is None:
-        _decode_from(output[start:stop], table, out[start:stop])
-    else:
-        _decode_beside(output[start:stop], sides[start // 8 :], table, out[start:stop])
