@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from about import about
-from bench_step import LEARN, MODELS, ROWS, ROWS_ON_A_GPU, Runner, Way, roberta
+from bench_step import LEARN, MODELS, ROWS, ROWS_ON_A_GPU, Runner, Way, available, roberta
 
 COLUMNS = ("model", "row", "budget_bytes", "batch", "of_stock", "bytes", "machine", "versions", "date")
 PAPER = "11.30 GiB stock, 9.75 GiB at 3 bits (-13.8 %): peak memory on a GPU, optimizer and parameters included"
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in arguments.models:
         if name not in MODELS:
             parser.error(f"no model {name!r}; there are {', '.join(MODELS)}")
-    names = ["launch-bound"] if arguments.quick else [name for name in MODELS if name != "launch-bound"]
+    names = ["launch-bound"] if arguments.quick else [name for name in available() if name != "launch-bound"]
     budget = (16 if arguments.quick else arguments.mib) * 2**20
     rows = {name: way for name, way in ROWS.items() if name != "stock again" and not name.startswith("compiled")}
     if arguments.device != "cpu":

@@ -71,10 +71,15 @@ class Way(NamedTuple):
     backward_bytes: float
 
 
+HEAD_START = 2_000_000
+"""Cycles that the device is kept busy before a run: about 1 ms, in which the host makes the launches."""
+
+
 def seconds(run: Callable[[], object], device: torch.device) -> float:
     """One run, by the device's own clock."""
     if device.type == "cuda":
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(HEAD_START)
         start.record()
         run()
         stop.record()
@@ -107,7 +112,7 @@ class Call:
 def calls(op: str, bits: int, x: Tensor, grad: Tensor) -> Iterator[Way]:
     """Stock, and the engines that serve the operation here."""
     size, code = x.element_size(), bits / 8
-    noise = size if op == "dropout" else 0  # which stock writes, and reads
+    noise = (1 if x.is_cuda else size) if op == "dropout" else 0  # which stock writes, and reads
     stock = Call(op, x, grad, contextlib.nullcontext())
     forward, backward = (5 * size, 9 * size) if op == GATED else (2 * size + noise, 3 * size)
     yield Way("stock", stock.forward, stock.backward, forward, backward)
@@ -127,7 +132,15 @@ def codings(op: str, bits: int, x: Tensor, grad: Tensor) -> Iterator[Way]:
     size, code, layout = x.element_size(), bits / 8, ops.Layout.of(x)
     found = ops.backend(x.device)
     backends = [("torch", None), *([(found.said, found.kernels)] if found.kernels is not None else [])]
-    if op == "dropout":
+    if op == "dropout" and x.is_cuda:
+        mask = torch.rand_like(x) > 0.5
+        packed, layout = _torch.encode(mask, 1, ops.not_zero), ops.Layout.of(mask)
+        rows = ops.two_value_rows(1, torch.bool, x.device)
+        for name, kernels in backends:
+            encode = functools.partial((kernels or _torch).encode, mask, 1, ops.not_zero)
+            decode = functools.partial((kernels or _torch).decode, packed, rows, 1, layout)
+            yield Way(name, encode, decode, 1 + code, 1 + code)
+    elif op == "dropout":
         noise = F.dropout(torch.ones_like(x))
         packed, other = _two_values.encode_two_values(noise)
         rows = ops.two_value_rows(other, x.dtype, x.device)

@@ -130,7 +130,8 @@ class Activation:
 
 @contextlib.contextmanager
 def pristine(*, autocast: bool = False) -> Iterator[None]:
-    """Run torch as if nothing surrounded the call, and record gradients: no modes, no autocast, no hooks of others.
+    """Run torch as if nothing surrounded the call, and record gradients: no modes, no autocast, no hooks of others,
+    no look for anomalies.
 
     Args:
         autocast: leave it as it is.
@@ -140,6 +141,7 @@ def pristine(*, autocast: bool = False) -> Iterator[None]:
         torch._C.DisableTorchFunction(),
         torch.inference_mode(False),
         torch.enable_grad(),
+        torch.autograd.set_detect_anomaly(False),  # NaN is asked for
         contextlib.ExitStack() as without,
         torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t),
     ):

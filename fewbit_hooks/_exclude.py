@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -13,13 +13,17 @@ from . import _modules
 from ._errors import FewbitTypeError
 
 Rule: TypeAlias = str | type[nn.Module] | Callable[[nn.Module], bool]
+Chain: TypeAlias = tuple[_modules.ModuleRef, ...]
+
+CALLERS = 256
+"""From so many places one module's calls are remembered: some models are built anew around parts that stay."""
 
 
 class Exclusion:
     """Rules that name modules: glob patterns of `model.named_modules()`'s names, classes, predicates.
 
-    A module that a rule names is left alone with all that is inside it. What was found for a module is remembered as
-    long as the module lives.
+    A module that a rule names is left alone with all that is inside it. What was found for a module, called
+    from the modules around it, is remembered as long as the module lives.
 
     Args:
         rules: one rule, or several.
@@ -36,26 +40,41 @@ class Exclusion:
                 raise FewbitTypeError(
                     f"exclude takes names of modules (glob patterns), nn.Module classes and predicates, got {rule!r}"
                 )
-        self._found: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+        self._found: weakref.WeakKeyDictionary[nn.Module, dict[Chain, bool]] = weakref.WeakKeyDictionary()
 
     def here(self) -> bool:
         """Whether a rule names a module whose forward is running."""
-        inner = _modules.innermost_module()
-        if inner is None:
+        chain = list(_modules.enclosing_modules())
+        if not chain:
             return False
-        if inner not in self._found:
-            chain = list(_modules.enclosing_modules())
-            names = {id(module): name for name, module in chain[-1].named_modules()}
+        found = self._found.setdefault(chain[0], {})
+        key = tuple([weakref.ref(module) for module in chain])  # one module may be called from several
+        if key not in found:
+            if len(found) >= CALLERS:
+                found.clear()
             # a container that is never called itself, an nn.ModuleList say, is named by its contents' names
-            parents = {parent for module in chain for parent in _parents(names.get(id(module), ""))}
-            self._found[inner] = any(_matches(rule, chain, parents) for rule in self.rules)
-        return self._found[inner]
+            names = {parent for name in _names(chain) for parent in _parents(name)}
+            found[key] = any(_matches(rule, chain, names) for rule in self.rules)
+        return found[key]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"rules": self.rules}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["rules"])  # type: ignore[misc]
+
+
+def _names(chain: list[nn.Module]) -> Iterator[str]:
+    """The names of modules, each inside the next, as the last one gives them. Of several names of one module those
+    count that lie inside the name of a module around it."""
+    names: dict[int, list[str]] = {}
+    for name, module in chain[-1].named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    around = [""]
+    for module in reversed(chain):
+        mine = names.get(id(module), [])
+        around = [n for n in mine if any(f"{n}.".startswith(f"{a}." if a else "") for a in around)] or mine or around
+        yield from around
 
 
 def _parents(name: str) -> list[str]:

@@ -58,7 +58,7 @@ class Handed:
 class Packed:
     """Codes in the place of a saved tensor; and a flag, see `Plan.encode`."""
 
-    __slots__ = ("bits", "codes", "flag", "layout", "name", "rows", "step")
+    __slots__ = ("bits", "codes", "flag", "layout", "name", "order", "rows", "step")
 
     def __init__(
         self,
@@ -66,6 +66,7 @@ class Packed:
         rows: Tensor,
         bits: int,
         layout: ops.Layout,
+        order: ops.Layout,
         name: str,
         step: Step,
         flag: Tensor | None = None,
@@ -74,6 +75,7 @@ class Packed:
         self.rows = rows
         self.bits = bits
         self.layout = layout
+        self.order = order
         self.name = name
         self.step = step
         self.flag = flag
@@ -83,18 +85,21 @@ class Packed:
         begin_backward(self.name, self.step)
         codes = self.codes.unpack() if isinstance(self.codes, Handed) else self.codes
         with torch._C.DisableTorchFunction():
-            return flagged(ops.decode(codes, self.rows, self.bits, self.layout), self.flag)
+            return self.layout.like(flagged(ops.decode(codes, self.rows, self.bits, self.order), self.flag))
 
 
 class Beside:
     """An output that somebody else keeps, and at most one bit an element, in the place of a saved tensor."""
 
-    __slots__ = ("__weakref__", "decoder", "layout", "name", "output", "packed", "step", "version")
+    __slots__ = ("__weakref__", "decoder", "layout", "name", "order", "output", "packed", "step", "version")
 
-    def __init__(self, packed: Tensor | None, decoder: Decoder, layout: ops.Layout, name: str, step: Step) -> None:
+    def __init__(
+        self, packed: Tensor | None, decoder: Decoder, layout: ops.Layout, order: ops.Layout, name: str, step: Step
+    ) -> None:
         self.packed = packed
         self.decoder = decoder
         self.layout = layout
+        self.order = order
         self.name = name
         self.step = step
         self.output: Tensor | None = None
@@ -112,7 +117,7 @@ class Beside:
         """What follows from the output and the bits: the stand-ins."""
         output = self.relied_on()
         with torch._C.DisableTorchFunction():
-            return self.decoder(output, self.packed, self.layout)
+            return self.layout.like(self.decoder(output, self.packed, self.order))
 
     def relied_on(self) -> Tensor:
         """The output, which is what it was; a backward asks for it."""
@@ -266,12 +271,15 @@ class PackHook:
         if k == 0 and self._codes is not None:
             self._ledger.stored(self._row, nbytes(self._codes) + nbytes(self._flag))
         layout, step = ops.Layout.of(t), self._ledger.step
+        # log_sigmoid's buffer is contiguous, whatever its input is, in whose order the codes are
+        order = layout if plan.codebook is None else layout._replace(stride=ops.Layout.of(self._x).stride)
         if self._inverse is not None:
-            self._beside.append(Beside(self._codes, functools.partial(self._inverse.standins, k), layout, name, step))
+            decoder = functools.partial(self._inverse.standins, k)
+            self._beside.append(Beside(self._codes, decoder, layout, order, name, step))
             return self._beside[-1]
         assert self._codes is not None
         codes = Handed(self._codes, self._around) if self._around is not None else self._codes
-        return Packed(codes, rows, plan.bits, layout, name, step, self._flag)
+        return Packed(codes, rows, plan.bits, layout, order, name, step, self._flag)
 
     def finish(self, y: Tensor) -> None:
         """The call has its output."""

@@ -73,7 +73,7 @@ class Pending:
 class Step:
     """What one training step saved. A packed object may refer to it: it holds no tensor, and nothing of the scope."""
 
-    lock: threading.Lock
+    lock: threading.RLock
     number: int = 0
     rows: dict[RowKey, Row] = field(default_factory=dict)
     pending: dict[int, Pending] = field(default_factory=dict)
@@ -102,18 +102,18 @@ class Step:
     def sweep(self) -> None:
         """Strike off the storages that are gone."""
         for key, pending in list(self.pending.items()):
-            if pending.storage.expired():
-                # a kept tensor's storage may end too (its graph was dropped): only what was coded counts as freed
-                if pending.row.bits is not None:
-                    pending.row.freed_bytes += pending.nbytes
-                del self.pending[key]
+            # a kept tensor's storage may end too (its graph was dropped): only what was coded counts as freed
+            gone = pending.storage.expired() and self.pending.pop(key, None) is not None
+            if gone and pending.row.bits is not None:
+                pending.row.freed_bytes += pending.nbytes
 
 
 class Ledger:
     """The books of one scope; shared by the threads that use it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # what the garbage collector finds while it is held, a generator say, may leave a scope on this very thread
+        self._lock = threading.RLock()
         self.step = Step(self._lock)
 
     def row(

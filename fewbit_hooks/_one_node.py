@@ -114,7 +114,7 @@ class _Coded(torch.autograd.Function):
             ctx.save_for_backward(codes)  # others' hooks are handed them
         else:
             row = ledger.row(name, inverse.bits, how=OUTPUT, site=call.site)
-            ctx.beside = Beside(codes, inverse.slope, layout, name, ledger.step)
+            ctx.beside = Beside(codes, inverse.slope, layout, layout, name, ledger.step)
             ctx.beside.rely_on(y)
         saved = y if plan.activation.saves == "output" and not call.in_primitives else x
         storage = ledger.original(row, saved)

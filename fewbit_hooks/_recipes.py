@@ -325,6 +325,8 @@ def note(
 ) -> None:
     """`y` was computed from these; it must lie in a storage of its own."""
     key = y.untyped_storage()._cdata
+    if any(t.is_neg() for t in (y, *sources)):
+        return  # it lies in memory with the other sign, which is no part of its `Geometry`
     if y.grad_fn is not None and all(t.untyped_storage()._cdata != key for t in sources):
         _known.origins[key] = Origin(y, run, sources, others, site)
         _known.purge()
@@ -332,8 +334,9 @@ def note(
 
 def anchor(t: Tensor, keeper: Any = None) -> None:
     """A node keeps `t`, by itself or in a `Kept` or `Leaf` that it was given."""
-    _known.anchors[t.untyped_storage()._cdata] = weakref.ref(keeper if keeper is not None else t)
-    _known.purge()
+    if not t.is_neg():
+        _known.anchors[t.untyped_storage()._cdata] = weakref.ref(keeper if keeper is not None else t)
+        _known.purge()
 
 
 def is_anchor(t: Tensor) -> bool:
@@ -343,7 +346,7 @@ def is_anchor(t: Tensor) -> bool:
 
 def find(t: Tensor) -> Origin | None:
     """How `t`, or what it is a view of, came to be; None where that is not known, or `t` was changed or detached."""
-    origin = _known.origins.get(t.untyped_storage()._cdata) if t.grad_fn is not None else None
+    origin = _known.origins.get(t.untyped_storage()._cdata) if t.grad_fn is not None and not t.is_neg() else None
     return origin if origin is not None and t._version == origin.version else None
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -249,7 +250,11 @@ def takes_one_tensor(args: tuple[Any, ...], rest: Mapping[str, Any]) -> bool:
 
 def note_dropout(x: Tensor, y: Tensor, mask: Any, p: float) -> None:
     """A dropout ran, whose node keeps its mask alone."""
-    replay = functools.partial(torch.ops.aten.native_dropout_backward, scale=1 / (1 - p)) if x.is_cuda else torch.mul
+    replay: Callable[..., Tensor] = torch.mul
+    if x.is_cuda:
+        # its forward divides in the dtype that it computes in: 1 / (1 - p), rounded once, is another number at p=0.15
+        dtype = np.float64 if x.dtype == torch.float64 else np.float32
+        replay = functools.partial(torch.ops.aten.native_dropout_backward, scale=float(dtype(1) / dtype(1 - p)))
     _recipes.note(y, replay, [x], [mask])
 
 

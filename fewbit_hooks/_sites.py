@@ -198,9 +198,7 @@ class Watch:
 
     __slots__ = (
         "_followed",
-        "_shape",
-        "_stride",
-        "_version",
+        "_seen",
         "copies",
         "held",
         "output",
@@ -229,14 +227,14 @@ class Watch:
         self.held: list[tuple[Tensor, int]] = []
         # a copy of a DTensor's part may be one of what the DTensor was changed to: its version does not tell
         self._followed = not is_dtensor(output)
-        self._shape, self._stride, self._version = output.shape, output.stride(), output._version
+        self._seen = output._version, output.shape, output.stride(), output.storage_offset()
         if site.expected is Verdict.OUTPUT and treated is Verdict.CODES:
             self.held.append((detached(output), version_of(output)))
 
     def follow(self, y: Tensor, copy: Tensor) -> None:
         """A copy was made of `y`, which is the output, or another tensor on its storage."""
-        if y._version != self._version or y.shape != self._shape or y.stride() != self._stride or not self._followed:
-            return
+        if not self._followed or (y._version, y.shape, y.stride(), y.storage_offset()) != self._seen:
+            return  # changed, or another part of the storage
         self.copies.append(StorageWeakRef(copy.untyped_storage()))
         if self.treated is Verdict.CODES and self.site.expected is Verdict.COPY:
             self.held.append((copy, copy._version))
@@ -327,16 +325,18 @@ class Sites:
         """Forget a model's sites if a parameter's `requires_grad` has changed: a frozen layer keeps no input."""
         trainable = self._models.get(model)
         if trainable is None or step - trainable.listed > LOOK_AGAIN:
-            trainable = self._models[model] = Trainable(list(model.parameters()), step)
+            trainable = self._models[model] = Trainable(
+                list(nn.Module.parameters(model)), step
+            )  # a model may have its own, of another kind
         if trainable.looked != step and trainable.changed(step):
-            for site in self._sites.values():
+            for site in list(self._sites.values()):  # other threads may add to them
                 if site.model() is model:
                     site.forget()
 
     def _purge(self) -> None:
         """Drop the sites of modules that are gone."""
         if len(self._sites) >= self._purge_at:
-            self._sites = {key: site for key, site in self._sites.items() if site.module() is not None}
+            self._sites = {key: site for key, site in list(self._sites.items()) if site.module() is not None}
             self._purge_at = max(1024, 2 * len(self._sites))
 
 

@@ -304,3 +304,48 @@ def test_the_inside_of_what_was_padded() -> None:
     assert inside((x, (1, -1)), {}, F.pad(x, (1, -1))) is None
     assert inside((x, (0, 0)), {}, x) is None
     assert inside((x.detach(), (1, 1)), {}, F.pad(x.detach(), (1, 1))) is None
+
+
+def test_a_copy_of_another_part_of_the_storage_is_no_copy_of_the_output() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 4, 3), nn.Conv2d(6, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            t = self.first(x)
+            a, b = t[:2], t[2:]  # as large as each other
+            a = torch.relu_(a)
+            return self.second(F.pad(a, (1, 1, 1, 1))).sum() + self.third(F.pad(b, (1, 1, 1, 1))).square().sum()
+
+    torch.manual_seed(0)
+    net, x = Halves(), torch.randn(4, 3, 5, 5)
+    stock = torch.autograd.grad(net(x), net.first.weight)[0]
+    opened = fewbit.scope(exact=True, min_bytes=0)
+    for _ in range(4):
+        with opened:
+            loss = net(x)
+        assert torch.equal(torch.autograd.grad(loss, net.first.weight)[0], stock)
+
+
+def test_a_copy_in_another_order_gives_the_gradient_its_own_order() -> None:
+    class Circular(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular")
+            self.strides: list[tuple[int, ...]] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            h.register_hook(lambda grad: self.strides.append(grad.stride()))
+            return self.second(F.relu(h)).square().sum()
+
+    torch.manual_seed(0)
+    net, x = Circular(), torch.randn(4, 8, 14, 14).contiguous(memory_format=torch.channels_last)
+    stock = torch.autograd.grad(net(x), net.first.bias)[0]
+    opened = fewbit.scope(exact=True, min_bytes=0)
+    for _ in range(4):
+        with opened:
+            loss = net(x)
+        assert torch.equal(torch.autograd.grad(loss, net.first.bias)[0], stock)
+    assert len(set(net.strides)) == 1

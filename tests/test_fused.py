@@ -321,7 +321,8 @@ def test_the_input_is_gone_when_the_forward_is_over() -> None:
         y = F.gelu(x * 1)
         gc.collect()
     assert memory.report().freed_bytes == x.nbytes
-    assert memory.report().stored_bytes == x.numel() * 3 // 8
+    flag = 4 if x.is_cuda else 0  # whether there was a NaN, in float32
+    assert memory.report().stored_bytes == x.numel() * 3 // 8 + flag
     y.sum().backward()
 
 

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device"),
 ]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-SMOOTH = [a.name for a in fewbit.activations() if not a.exact]
+SMOOTH = [a.name for a in fewbit.activations() if not a.exact and a.name != "quick_gelu"]  # recognised by its module
 ENGINES = [
     "hooks",
     pytest.param(
@@ -98,16 +98,17 @@ def model() -> nn.Module:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_the_host_never_waits_for_the_device(model: nn.Module, engine: str) -> None:
     x = torch.randn(512, 256, device="cuda")
-    for _ in range(2):  # the first step makes tables and copies them to the device
-        with fewbit.scope(min_bytes=0, engine=engine):
+    scope = fewbit.scope(min_bytes=0, engine=engine)
+    for _ in range(3):  # the first step makes tables and copies them to the device, the third those beside an output
+        with scope:
             loss = model(x).square().mean()
-        torch.cuda.set_sync_debug_mode("default")
         loss.backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        with fewbit.scope(min_bytes=0, engine=engine):
+        with scope:
             loss = model(x).square().mean()
         loss.backward()
     finally:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import fewbit_hooks as fewbit
 from fewbit_hooks import ops
+from fewbit_hooks._standins import all_values
 from fewbit_hooks.ops import _beside, _dispatch, _layout, _torch, _two_values
 
 from .hard_cases import BITS, DTYPES, boundaries_for, hard_values, random_codes, views
@@ -298,6 +299,9 @@ def test_decoding_beside_an_output_is_that_of_plain_torch(kernels: Kernels, side
     packed = ops.pack_bits(random_codes(len(y), 1), 1) if sides == 2 else None
     for dtype in DTYPES:
         table = torch.arange(sides << 16).to(dtype)
+        looked_up = torch.bfloat16 if output == torch.bfloat16 else torch.float16
+        # which NaN a conversion makes differs from device to device: all have one entry, as in every table of ours
+        table[all_values(looked_up).isnan().repeat(sides)] = 7
         expected = _beside.decode_beside(y, packed, table, ops.Layout.of(y.to(dtype)))
         decoded = kernels.decode_beside(y, packed, table, ops.Layout.of(y.to(dtype)))
         assert equal_bits(decoded, expected)

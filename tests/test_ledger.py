@@ -229,3 +229,20 @@ def test_a_model_is_not_asked_for_its_length(length: int | None) -> None:
             loss = model(torch.randn(64, 64)).sum()
         loss.backward()
     assert [row.module for row in opened.report().rows] == ["inner.1", "inner.3"]
+
+
+def test_what_the_garbage_collector_finds_may_leave_a_scope() -> None:
+    opened = fewbit.scope(min_bytes=0)
+    with opened:
+        F.gelu(torch.randn(64, 64).requires_grad_() * 1)
+    done = []
+
+    def work() -> None:
+        with opened._ledger.step.lock, opened:  # as where an allocation under the lock collects a generator
+            F.gelu(torch.randn(64, 64).requires_grad_() * 1)
+        done.append(True)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert done

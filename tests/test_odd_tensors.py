@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fewbit_hooks as fewbit
+
 from .conftest import quiet
 
 
@@ -186,3 +188,36 @@ def test_a_tensor_of_another_kind_has_stocks_result_or_stocks_error(
             assert all(torch.equal(a, b) for a, b in zip(mine, stock, strict=True)), settings
         else:
             assert mine is stock, settings
+
+
+@pytest.mark.parametrize("engine", ["hooks", "fused"])
+@pytest.mark.parametrize(
+    "change", [lambda t: t.contiguous(memory_format=torch.channels_last), lambda t: t.transpose(1, 3)]
+)
+def test_a_saved_tensor_may_lie_in_another_order_than_the_input(
+    engine: str, change: Callable[[Tensor], Tensor]
+) -> None:
+    # log_sigmoid saves a buffer that is contiguous, whatever its input is
+    leaf = torch.randn(4, 8, 6, 6).requires_grad_()
+    x = change(leaf)
+    weight = torch.randn_like(x)
+    (stock,) = torch.autograd.grad((F.logsigmoid(x) * weight).sum(), leaf, retain_graph=True)
+    with fewbit.scope(bits=8, min_bytes=0, engine=engine) as memory:
+        y = F.logsigmoid(x)
+    (coded,) = torch.autograd.grad((y * weight).sum(), leaf)
+    assert memory.report().rows[0].bits == 8
+    assert (coded - stock).norm() < 0.01 * stock.norm()
+
+
+@pytest.mark.filterwarnings("ignore:fewbit_hooks.scope compressed nothing")
+def test_a_view_of_the_other_sign_is_computed_again_with_its_sign() -> None:
+    x, w = torch.randn(16, 8, 2).requires_grad_(), torch.randn(16, 8).requires_grad_()
+
+    def gradient() -> Tensor:
+        z = torch.view_as_complex(F.gelu(x * 1.0)).conj().imag  # a view of the output, negated by a bit of its own
+        assert z.is_neg()
+        return torch.autograd.grad((z * w).square().sum(), w)[0]
+
+    stock = gradient()
+    with fewbit.scope(exact=True, recompute=True, min_bytes=0), quiet():
+        assert torch.equal(gradient(), stock)

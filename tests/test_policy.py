@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import numpy as np
 import pytest
 import torch
@@ -176,6 +178,25 @@ class TestExclude:
     )
     def test_a_module_and_all_inside_it_are_left_alone(self, model: nn.Module, exclude: object, kept: set[str]) -> None:
         assert self.kept(model, exclude) == kept
+
+    @pytest.mark.parametrize("exclude", ["encoder", "decoder"])
+    def test_a_module_that_several_call_is_left_alone_in_those_that_are(self, exclude: str) -> None:
+        class Half(nn.Module):
+            def __init__(self, act: nn.Module) -> None:
+                super().__init__()
+                self.fc, self.act = nn.Linear(16, 16), act
+
+            def forward(self, x: Tensor) -> Tensor:
+                out: Tensor = self.act(self.fc(x)).square()
+                return out
+
+        act = nn.SiLU()
+        net = nn.Sequential(OrderedDict(encoder=Half(act), decoder=Half(act)))
+        with fewbit.scope(bits=1, min_bytes=0, exclude=exclude) as memory:
+            net.encoder(torch.randn(32, 16)).sum().backward()  # by itself, where it has no name
+            net(torch.randn(32, 16))
+        found = {row.bits: (row.calls, row.reason) for row in memory.report().rows}
+        assert found == {1: (1, ""), None: (1, "excluded")}
 
 
 def test_codebooks_given_are_used_for_their_activation_and_parameters(x: Tensor) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
+import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -399,3 +402,50 @@ def test_sites_of_models_that_are_gone_are_dropped(opened: fewbit.scope, monkeyp
     opened._sites._purge_at = 0
     steps(chain(nn.GELU()), opened, 1)
     assert len(opened._sites._sites) <= 2
+
+
+def test_a_model_may_have_parameters_of_its_own_making(opened: fewbit.scope) -> None:
+    class Groups(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def parameters(self, lr: float = 0.1) -> list[dict[str, object]]:  # type: ignore[override]
+            return [{"params": self.a.parameters(), "lr": lr}, {"params": self.b.parameters(), "lr": 10 * lr}]
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.b(F.gelu(self.a(x)))
+            return out
+
+    assert steps(Groups(), opened)[-1] == {"gelu Groups": "y+1"}
+
+
+def test_threads_that_share_a_scope_may_bring_new_modules_and_freeze_old_ones(opened: fewbit.scope) -> None:
+    interval, errors, until = sys.getswitchinterval(), [], time.monotonic() + 3
+    sys.setswitchinterval(1e-6)
+
+    def work(thread: int) -> None:
+        model, count = deep(), 0
+        while time.monotonic() < until and not errors:
+            count += 1
+            if thread % 2:
+                model[0][0].bias.requires_grad_(count % 2 == 0)
+            else:
+                model = deep()
+            try:
+                with opened:
+                    loss = model(torch.randn(2, 4)).sum()
+                loss.backward()
+            except RuntimeError as error:
+                errors.append(error)
+
+    def deep() -> nn.Sequential:
+        return nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.GELU()) for _ in range(30)])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sys.setswitchinterval(interval)
+    assert not errors

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -186,3 +188,17 @@ def test_all_values_are_the_bit_patterns_in_order() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         values = _standins.all_values(dtype)
         assert torch.equal(values.view(torch.uint16).to(torch.int64), torch.arange(65536))
+
+
+ANOMALY = """
+import torch, torch.nn.functional as F, fewbit_hooks as fewbit
+x = torch.randn(64, 64, requires_grad=True)
+with torch.autograd.detect_anomaly(), fewbit.scope(bits=3, min_bytes=0) as memory:
+    F.gelu(x * 1).sum().backward()
+print(memory.report().stored_bytes)
+"""
+
+
+def test_what_a_plan_asks_of_nan_is_no_anomaly() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", ANOMALY], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "1536\n", done.stderr
