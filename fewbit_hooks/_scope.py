@@ -28,7 +28,20 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from . import _built_in, _compiled, _copies, _gated, _masks, _plan, _policy, _recipes, _recompute, _stack, _treatment
+from . import (
+    _built_in,
+    _compiled,
+    _copies,
+    _fast_path,
+    _gated,
+    _masks,
+    _plan,
+    _policy,
+    _recipes,
+    _recompute,
+    _stack,
+    _treatment,
+)
 from ._calls import BACKWARD, RECOGNISED
 from ._errors import FewbitError, FewbitTypeError, FewbitWarning
 from ._ledger import Ledger
@@ -128,6 +141,7 @@ class scope:
         entry = _stack.Entry(self, inert=_policy.disabled(), enabled=enabled)
         if not entry.inert:
             _built_in.find_built_in()
+            _fast_path.keep_open()
             if entry.by_kernels:
                 _gated.find_gated()
         _stack.push(entry, _Mode)
