@@ -113,6 +113,12 @@ class Beside:
         """Whether the output has been changed in place."""
         return self.output is not None and version_of(self.output) != self.version
 
+    def rely_on_a_copy(self) -> None:
+        """Somebody may change the output without a trace; the input, from which codes would be made, is gone."""
+        if type(self.output) is Tensor:
+            self.output = self.output.clone()
+            self.version = self.output._version
+
     def unpack(self) -> Tensor:
         """What follows from the output and the bits: the stand-ins."""
         output = self.relied_on()

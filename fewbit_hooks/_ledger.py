@@ -10,7 +10,8 @@ found expired. It looks
 2. when the backward begins (the mode sees `Tensor.backward`, `torch.autograd.backward` and `torch.autograd.grad`);
 
 from then on a storage still there counts as held, because later nodes release theirs as they run, and a shared tensor
-would look freed. Where nothing is seen of the beginning of a backward, the first unpack is its latest sign.
+would look freed. Where nothing is seen of the beginning of a backward, its latest sign is the first unpack, or that it
+comes to the node of a call that is left as it is.
 
 A *step* is all that is recorded from then until something is saved again: the report is about the latest one.
 """
@@ -92,6 +93,17 @@ class Step:
         """What was packed is asked for: by a backward, whose latest sign this is, or by somebody who looks on."""
         if not self.backward_began and torch._C._current_graph_task_id() != -1:
             self.begin_backward()
+
+    def reached(self, _: object) -> None:
+        """A backward has come to the node of a call that is left as it is, and so has nothing to unpack."""
+        self.unpacked()
+
+    def exposed(self, t: Tensor) -> None:
+        """Somebody gets hold of the memory of `t`, and may change it without a trace."""
+        if self.watches and t.layout is torch.strided:
+            storage = t.untyped_storage()._cdata
+            for watch in list(self.watches):
+                watch.exposed(storage)
 
     def look(self) -> None:
         """See which storages are gone, and learn of it what is kept."""
@@ -190,6 +202,11 @@ class Ledger:
                 self.step.sweep()
                 self.step.sweep_at = max(SWEEP, 2 * len(self.step.pending))
             return ref
+
+    def ends_at(self, y: Tensor) -> None:
+        """The step is over when a backward comes to the node of `y`."""
+        if y.grad_fn is not None:
+            y.grad_fn.register_prehook(self.step.reached)
 
     def stored(self, row: Row, nbytes: int, *, never_kept: int = 0) -> None:
         """Codes were stored for `row`, and `never_kept` bytes that stock autograd would have kept never came to be."""

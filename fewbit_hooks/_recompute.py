@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import _policy, _recipes
+from . import _policy, _recipes, _stack
 from ._again import run_again
 from ._consumers import consume
 from ._hooks import Kept, unpack
@@ -32,11 +32,13 @@ GAIN = 0.25
 
 
 def run(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
-    """Make such a call under a scope with `recompute=True`, or in one inside it."""
+    """Make such a call under a scope with `recompute=True`, or in one inside it; an exposure in any."""
     kwargs = kwargs or {}
     if call.kind == "exposure":
         if type(args[0]) is Tensor and not _policy.traced():
             _recipes.expose(args[0])
+            for open_one in _stack.entries():
+                open_one.scope._ledger.step.exposed(args[0])
         return func(*args, **kwargs)
     settings = entry.scope._settings
     if (

@@ -54,3 +54,5 @@ RECOMPUTE: dict[Any, RecomputeCall] = {
     for path in paths.split()
     for function in _callables(path)
 }
+EXPOSES = {function: True for function, call in RECOMPUTE.items() if call.kind == "exposure"}
+"""Those of the last kind, which matter under every scope: an output that is relied upon may be changed unseen."""

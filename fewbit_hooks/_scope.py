@@ -47,7 +47,7 @@ from ._errors import FewbitError, FewbitTypeError, FewbitWarning
 from ._ledger import Ledger
 from ._mask_calls import MaskCall
 from ._policy import Bits, Exclude
-from ._recompute_calls import RECOMPUTE
+from ._recompute_calls import EXPOSES, RECOMPUTE
 from ._report import Report
 from ._sites import Sites
 
@@ -274,7 +274,8 @@ class _Mode(TorchFunctionMode):
         call = RECOGNISED.get(func)
         if call is None:
             entry = self.entry
-            if entry is not None and (entry.recomputes or entry.inside) and not torch.compiler.is_compiling():
+            looks = entry is not None and (entry.recomputes or entry.inside or EXPOSES.get(func))
+            if looks and entry is not None and not torch.compiler.is_compiling():
                 again = RECOMPUTE.get(func)
                 if again is not None:
                     return _recompute.run(entry, again, func, args, kwargs)

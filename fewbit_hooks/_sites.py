@@ -180,6 +180,9 @@ class Relying(Protocol):
     def has_changed(self) -> bool:
         """Whether what is relied on has been changed in place."""
 
+    def rely_on_a_copy(self) -> None:
+        """What is relied on may change unseen."""
+
 
 class Watch:
     """One call, whose storages are looked at when the forward is over.
@@ -242,6 +245,15 @@ class Watch:
             for ref in self.relying:
                 if (packed := ref()) is not None:
                     packed.rely_on(copy)
+
+    def exposed(self, storage: int) -> None:
+        """Somebody may change what lies in this storage: it is not relied upon, now or later, if it is the output's."""
+        if self.output.cdata == storage or any(copy.cdata == storage for copy in self.copies):
+            self.site.output_changes = True
+            self.site.forget()
+            for ref in self.relying:
+                if (packed := ref()) is not None:
+                    packed.rely_on_a_copy()
 
     def look(self, step: int) -> None:
         """See which storages are alive, and learn of it."""

@@ -90,6 +90,7 @@ def leave(
         ledger = entry.scope._ledger
         saves_output = call.activation is not None and call.activation.saves == "output"
         ledger.original(ledger.row(call.name, None, reason, site=site), local_part(y if saves_output else x))
+        ledger.ends_at(y)
         saves_input = call.activation is not None and call.activation.saves == "input"
         if entry.recomputes and saves_input and _has_its_own(x, y):
             _recipes.anchor(x)

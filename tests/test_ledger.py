@@ -246,3 +246,37 @@ def test_what_the_garbage_collector_finds_may_leave_a_scope() -> None:
     thread.start()
     thread.join(10)
     assert done
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"bits": None}, {"exact": True}, {"exact": True, "recompute": True}, {"bits": 3}], ids=str
+)
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU])
+@pytest.mark.filterwarnings("ignore:fewbit_hooks.scope compressed nothing")
+def test_a_backward_outside_ends_the_step_though_it_has_nothing_to_unpack(
+    arguments: dict[str, object], activation: type[nn.Module]
+) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), activation(), nn.Linear(64, 8))
+    memory = fewbit.scope(min_bytes=0, **arguments)
+    for step in range(1, 8):
+        with memory:
+            loss = model(torch.randn(32, 64)).square().mean()
+        report = memory.report()
+        assert report.steps == step
+        assert {r.calls for r in report.rows} == {1}
+        loss.backward()
+
+
+@pytest.mark.filterwarnings("ignore:fewbit_hooks.scope compressed nothing")
+def test_a_site_is_looked_at_again_with_backward_outside() -> None:
+    first, gelu, last = nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8)
+    memory = fewbit.scope(min_bytes=0)
+    for step in range(140):
+        with memory:
+            h = first(torch.randn(32, 64))
+            loss = last(gelu(h)).square().mean()
+            if step >= 3:
+                del h  # until then somebody holds the input
+        loss.backward()
+        h = None
+    assert [r.bits for r in memory.report().rows] == [1]

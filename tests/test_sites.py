@@ -449,3 +449,53 @@ def test_threads_that_share_a_scope_may_bring_new_modules_and_freeze_old_ones(op
         thread.join()
     sys.setswitchinterval(interval)
     assert not errors
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize(
+    "change", [lambda h: h.data.round_(), lambda h: h.detach().numpy().round(out=h.detach().numpy())]
+)
+@pytest.mark.parametrize(
+    ("activation", "arguments", "error"),
+    [
+        (F.relu6, {"exact": True}, 0.0),
+        (F.relu6, {"exact": True, "recompute": True}, 0.0),
+        (F.hardtanh, {"bits": 3}, 0.0),
+        (F.gelu, {"bits": 8}, 0.02),
+        (F.softplus, {"bits": 8}, 0.02),
+    ],
+)
+def test_an_output_whose_memory_is_given_away_is_not_relied_upon(
+    activation: Callable[[Tensor], Tensor],
+    arguments: dict[str, object],
+    error: float,
+    change: Callable[[Tensor], object],
+    late: bool,
+) -> None:
+    class Rounded(nn.Module):
+        changes = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = activation(self.a(x))
+            if late:
+                y: Tensor = self.b(h)
+                if self.changes:
+                    change(h)
+                return y
+            if self.changes:
+                change(h)  # straight through, say
+            return self.b(h)
+
+    torch.manual_seed(0)
+    net, x, memory = Rounded(), torch.randn(32, 16), fewbit.scope(min_bytes=0, **arguments)
+    for step in range(8):
+        net.changes = step not in (0, 1, 2, 7)  # after the output is relied upon, for the first time
+        stock = torch.autograd.grad(net(x).square().sum(), net.a.weight)[0]
+        with memory:
+            loss = net(x).square().sum()
+        (under,) = torch.autograd.grad(loss, net.a.weight)
+        assert (under - stock).norm() <= error * stock.norm(), step
