@@ -195,7 +195,8 @@ def innermost_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
 _plans: dict[Any, Plan] = {}
 _own_parameters: dict[str, set[Any]] = {}
-MAX_PLANS = 4096
+MAX_PLANS = 256
+"""Parameter combinations whose plans are kept at once: in 16 bits each has a table of 64 KiB, and more."""
 SLOPED = frozenset({"celu", "elu", "leaky_relu"})
 """In place they save their output, from which the sign of the input is told only if no slope is negative."""
 

@@ -196,7 +196,7 @@ class Watch:
             its packed object holds it. INPUT: the input is kept so that the output need not be. UNKNOWN: it is no
             activation, but a consumer.
         relying: the packed objects that hold the output, or a copy; weak, for a graph may be dropped before the look.
-        held: the output or copies, each with its version: held for that alone, at a site that will soon rely on it.
+        held: what tells the version of the output or of copies, and that version, at a site that will soon rely on it.
     """
 
     __slots__ = (
@@ -232,7 +232,7 @@ class Watch:
         self._followed = not is_dtensor(output)
         self._seen = output._version, output.shape, output.stride(), output.storage_offset()
         if site.expected is Verdict.OUTPUT and treated is Verdict.CODES:
-            self.held.append((detached(output), version_of(output)))
+            self.held.append((_counter_of(output), version_of(output)))
 
     def follow(self, y: Tensor, copy: Tensor) -> None:
         """A copy was made of `y`, which is the output, or another tensor on its storage."""
@@ -240,7 +240,7 @@ class Watch:
             return  # changed, or another part of the storage
         self.copies.append(StorageWeakRef(copy.untyped_storage()))
         if self.treated is Verdict.CODES and self.site.expected is Verdict.COPY:
-            self.held.append((copy, copy._version))
+            self.held.append((_counter_of(copy), copy._version))
         if self.site.verdict is Verdict.COPY:
             for ref in self.relying:
                 if (packed := ref()) is not None:
@@ -270,6 +270,14 @@ class Watch:
         input_kept = not any(map(StorageWeakRef.expired, self.saved))
         copy_kept = bool(self.copies) and not any(map(StorageWeakRef.expired, self.copies))
         self.site.see(input_kept, not self.output.expired(), copy_kept, self.treated, step)
+
+
+def _counter_of(t: Tensor) -> Tensor:
+    """A tensor that shares the counter of changes in place, and holds no memory."""
+    counter = detached(t)
+    if type(t) is Tensor:
+        counter.data = torch.empty(0, dtype=t.dtype, device=t.device)
+    return counter
 
 
 @dataclass

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fewbit_hooks as fewbit
 
@@ -180,3 +181,14 @@ def test_parameters_that_change_at_every_call_fill_no_cache_without_bound() -> N
         for i in range(_policy.MAX_PLANS + 100):
             torch.clamp(x, -1.0 - i / 1000, 1.0)
     assert len(_policy._plans) <= _policy.MAX_PLANS
+
+
+def test_a_rollout_without_backward_keeps_no_output() -> None:
+    policy = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8))
+    outputs: list[StorageWeakRef] = []
+    policy[1].register_forward_hook(lambda module, args, y: outputs.append(StorageWeakRef(y.untyped_storage())))
+    with fewbit.scope(bits=3, min_bytes=0):
+        policy(torch.randn(128, 64)).sum().backward()
+        for _ in range(40):
+            policy(torch.randn(128, 64))
+    assert sum(not ref.expired() for ref in outputs) <= 1
