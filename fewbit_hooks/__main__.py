@@ -21,6 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FewbitError as error:
         print(f"fewbit: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a file that cannot be written, say
+        print(f"fewbit: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("fewbit: interrupted", file=sys.stderr)
         return 130

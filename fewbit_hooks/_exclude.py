@@ -33,10 +33,10 @@ class Exclusion:
     """
 
     def __init__(self, rules: Rule | Iterable[Rule] = ()) -> None:
-        single = isinstance(rules, (str, type)) or not isinstance(rules, Iterable)
+        single = isinstance(rules, (str, type, nn.Module)) or not isinstance(rules, Iterable)
         self.rules: tuple[Any, ...] = (rules,) if single else tuple(rules)  # type: ignore[arg-type]
         for rule in self.rules:
-            if not (isinstance(rule, str) or callable(rule)):
+            if isinstance(rule, nn.Module) or not (isinstance(rule, str) or callable(rule)):
                 raise FewbitTypeError(
                     f"exclude takes names of modules (glob patterns), nn.Module classes and predicates, got {rule!r}"
                 )

@@ -93,7 +93,7 @@ def check_settings(
             if value is not None:
                 check_bits(value, f"bits[{name!r}]")
         bits = dict(bits)
-    elif bits is not None and not callable(bits):
+    elif bits is not None and (not callable(bits) or isinstance(bits, nn.Module)):
         bits = check_bits(bits)
     if isinstance(min_bytes, bool) or not isinstance(min_bytes, (int, np.integer)):
         raise FewbitTypeError(f"min_bytes must be an integer of 0 or more, got {min_bytes!r}")

@@ -33,10 +33,10 @@ def add_parser(commands: Any) -> None:
     add("--image", type=_positive, metavar="N", help="pixels a side. Default: the model's own")
     add("--layers", type=_positive, metavar="N", help="fewer layers than the model has, which suffice to see its kind")
     add("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
-    add("--device", default="cpu", help="as torch.device takes it. Default: cpu")
+    add("--device", type=_device, default="cpu", help="as torch.device takes it. Default: cpu")
     add("--bits", type=int, choices=range(1, 9), default=3, metavar="N", help="of the table. Default: 3")
     add("--recompute", action="store_true", help="of the table, too: what can be computed again is not kept")
-    add("--plot", type=Path, metavar="PATH", help="draw it, too: .png, .svg or .pdf")
+    add("--plot", type=_picture, metavar="PATH", help="draw it, too: .png, .svg or .pdf")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="print markdown")
     form.add_argument("--json", action="store_true", help="print JSON")
@@ -61,6 +61,23 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(result.to_markdown() if options.markdown else result)
     return 0
+
+
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"must end in .png, .svg or .pdf, got {text}")
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    return path
+
+
+def _device(text: str) -> str:
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0]}") from error
+    return text
 
 
 def _to(batch: Any, device: str) -> Any:

@@ -121,7 +121,16 @@ class scope:
         self._warned = False
 
     def __repr__(self) -> str:
-        return f"fewbit_hooks.scope(bits={self._settings.bits!r}, min_bytes={self._settings.min_bytes})"
+        settings, default = self._settings, _policy.Settings()
+        names = ("exact", "recompute", "engine")
+        changed = [
+            f"{name}={value!r}" for name in names if (value := getattr(settings, name)) != getattr(default, name)
+        ]
+        if settings.exclude.rules:
+            changed.append(f"exclude={settings.exclude.rules!r}")
+        if settings.codebooks:
+            changed.append(f"codebooks={list(settings.codebooks.values())!r}")
+        return f"fewbit_hooks.scope({', '.join([f'bits={settings.bits!r}, min_bytes={settings.min_bytes}', *changed])})"
 
     def __enter__(self) -> scope:
         self._enter(enabled=False)
@@ -173,8 +182,13 @@ class scope:
                 f"a scope does not decorate the coroutine function {function.__name__}: other tasks would run inside "
                 "it while it awaits. Open the scope inside, around code that does not await."
             )
-        if not callable(function):
-            raise FewbitTypeError(f"a scope decorates functions, got {function!r}")
+        argument: Any = function
+        if not callable(argument):
+            given = (
+                f"a tensor of shape {list(argument.shape)}" if isinstance(argument, torch.Tensor) else repr(argument)
+            )
+            missing = "; the decorator is @scope(), with parentheses" if callable(self._settings.bits) else ""
+            raise FewbitTypeError(f"a scope decorates functions, got {given}{missing}")
         generates = inspect.isgeneratorfunction(function)
         run = cast(Callable[..., R], self._run_generator if generates else self._run)
         if not inspect.isroutine(function) or inspect.ismethod(function):

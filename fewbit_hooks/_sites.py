@@ -21,6 +21,7 @@ next one.
 from __future__ import annotations
 
 import enum
+import functools
 import sys
 import threading
 import weakref
@@ -33,6 +34,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ._dtensor import detached, is_dtensor, local_part, version_of
 from ._modules import CALL_IMPL, ModuleRef, model_of
@@ -276,8 +278,14 @@ def _counter_of(t: Tensor) -> Tensor:
     """A tensor that shares the counter of changes in place, and holds no memory."""
     counter = detached(t)
     if type(t) is Tensor:
-        counter.data = torch.empty(0, dtype=t.dtype, device=t.device)
+        counter.data = _nothing(t.dtype, t.device)
     return counter
+
+
+@functools.cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with _disable_current_modes():  # it is kept: no mode of somebody's may make a tensor of another kind of it
+        return torch.empty(0, dtype=dtype, device=device)
 
 
 @dataclass

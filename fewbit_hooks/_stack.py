@@ -102,7 +102,10 @@ def acting() -> Any:
     """The same at the cost of a look, for what is asked at every call; or a profile's recorder, if there is no entry
     above it. None where torch's modes are off, too."""
     found = _thread.acting
-    return None if found is None or _modes_are_off() else found
+    if found is None or _modes_are_off():
+        return None
+    # inside a call that is being dispatched, a backward say, the mode is off, and what is recognised by it is not
+    return found if not isinstance(found, Entry) or _on_stack(_thread.mode) else None
 
 
 @contextlib.contextmanager

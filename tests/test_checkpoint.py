@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential, create_selective_checkpoint_contexts
 
+import fewbit_hooks as fewbit
+
 from . import tiny_models
 from .conftest import quiet
 
@@ -159,3 +161,17 @@ def test_models_of_transformers_that_checkpoint_their_blocks_have_their_gradient
             loss = tiny_models.loss_of(model, batch)
         assert tiny_models.same(tiny_models.gradients(loss, model), stock)
     assert "inside checkpoint" in {row.reason for row in opened.report().rows}
+
+
+def test_what_a_composite_computes_again_in_a_backward_inside_is_no_step_of_its_own() -> None:
+    activations = pytest.importorskip("transformers.activations", reason="transformers is not installed")
+    x = torch.randn(64, 64)
+    block = nn.Sequential(nn.Linear(64, 256), activations.NewGELUActivation(), nn.Linear(256, 64))
+    head = nn.Sequential(nn.Linear(64, 256), nn.SiLU(), nn.Linear(256, 8))
+    with fewbit.scope(bits=3, min_bytes=0) as memory:
+        for step in range(1, 4):
+            loss = head(checkpoint(block, x, use_reentrant=False)).sum()
+            before = memory.report()
+            loss.backward()
+            assert memory.report().steps == before.steps == step
+            assert memory.report().original_bytes == before.original_bytes > 0

@@ -119,3 +119,26 @@ def test_doctor_has_status_1_where_codes_are_wrong(monkeypatch, capsys) -> None:
     said = capsys.readouterr().out
     assert "is the gradient the codebook's level?    no: off by" in said
     assert "something is wrong" in said
+
+
+def test_a_picture_that_cannot_be_drawn_is_an_error_not_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    assert main(["codebook", "gelu", "--plot", "/nonexistent/x.png"]) == 2
+    assert capsys.readouterr().err.startswith("fewbit: ")
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--plot", "/nonexistent/x.png"], "there is no folder /nonexistent"),
+        (["--plot", "x.txt"], "must end in .png, .svg or .pdf, got x.txt"),
+        (["--device", "foo"], "foo: "),
+    ],
+)
+def test_a_profile_is_not_begun_that_could_not_be_finished(
+    option: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["profile", "gpt2", *option])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err

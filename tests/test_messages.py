@@ -15,6 +15,7 @@ MESSAGES = [
     ({"bits": "3"}, TypeError, "bits must be an integer from 1 to 8, got '3'"),
     ({"bits": True}, TypeError, "bits must be an integer from 1 to 8, got True"),
     ({"bits": [3]}, TypeError, "bits must be an integer from 1 to 8, got [3]"),
+    ({"bits": nn.ReLU()}, TypeError, "bits must be an integer from 1 to 8, got ReLU()"),
     ({"bits": {"gelu": 9}}, ValueError, "bits['gelu'] must be an integer from 1 to 8, got 9"),
     ({"bits": {"default": "3"}}, TypeError, "bits['default'] must be an integer from 1 to 8, got '3'"),
     ({"min_bytes": -1}, ValueError, "min_bytes must be an integer of 0 or more, got -1"),
@@ -27,6 +28,14 @@ MESSAGES = [
         TypeError,
         "exclude takes names of modules (glob patterns), nn.Module classes and predicates, got 3",
     ),
+    *[
+        (
+            {"exclude": exclude},
+            TypeError,
+            "exclude takes names of modules (glob patterns), nn.Module classes and predicates, got ReLU()",
+        )
+        for exclude in (nn.ReLU(), [nn.ReLU()])
+    ],
     ({"codebooks": [3]}, TypeError, "codebooks takes Codebook objects, got 3"),
     ({"codebooks": "gelu"}, TypeError, "codebooks takes Codebook objects, got 'gelu'"),
     (
@@ -91,4 +100,24 @@ def test_a_kept_tensor_changed_in_place_names_the_activation_and_the_remedy() ->
         "a tensor that hardtanh needs for its gradient, of shape [64], has been modified by an inplace operation: "
         "it is at version 1, expected 0. "
         "Replace the inplace operation by its out-of-place form, or clone the tensor first."
+    )
+
+
+def test_a_scope_that_decorates_without_parentheses_says_what_is_missing() -> None:
+    @fewbit.scope
+    def step(batch: object) -> object:
+        return batch
+
+    with pytest.raises(fewbit.FewbitError) as raised:
+        step(torch.zeros(2, 3))
+    assert str(raised.value) == (
+        "a scope decorates functions, got a tensor of shape [2, 3]; the decorator is @scope(), with parentheses"
+    )
+
+
+def test_the_repr_of_a_scope_says_what_is_not_the_default() -> None:
+    assert repr(fewbit.scope()) == "fewbit_hooks.scope(bits=3, min_bytes=65536)"
+    given = fewbit.scope(exact=True, recompute=True, engine="fused", exclude="head")
+    assert repr(given) == (
+        "fewbit_hooks.scope(bits=3, min_bytes=65536, exact=True, recompute=True, engine='fused', exclude=('head',))"
     )
