@@ -288,8 +288,11 @@ class _Mode(TorchFunctionMode):
         call = RECOGNISED.get(func)
         if call is None:
             entry = self.entry
-            looks = entry is not None and (entry.recomputes or entry.inside or EXPOSES.get(func))
-            if looks and entry is not None and not torch.compiler.is_compiling():
+            if (
+                entry is not None
+                and (entry.recomputes or entry.inside or EXPOSES.get(func))
+                and not torch.compiler.is_compiling()
+            ):
                 again = RECOMPUTE.get(func)
                 if again is not None:
                     return _recompute.run(entry, again, func, args, kwargs)

@@ -353,9 +353,8 @@ class Sites:
         """Forget a model's sites if a parameter's `requires_grad` has changed: a frozen layer keeps no input."""
         trainable = self._models.get(model)
         if trainable is None or step - trainable.listed > LOOK_AGAIN:
-            trainable = self._models[model] = Trainable(
-                list(nn.Module.parameters(model)), step
-            )  # a model may have its own, of another kind
+            parameters = list(nn.Module.parameters(model))  # a model may have a method of that name that does more
+            trainable = self._models[model] = Trainable(parameters, step)
         if trainable.looked != step and trainable.changed(step):
             for site in list(self._sites.values()):  # other threads may add to them
                 if site.model() is model:

@@ -60,7 +60,7 @@ def _encode_lookup(values, halves, codes, table, bits):
             codes[group * bits + byte] = np.uint8(word >> np.uint64(8 * byte))
 
 
-@numba.njit(nogil=True)
+@_team.cached(numba.njit, nogil=True)
 def _first(x):
     """The first that is not 0; 0 where there is none."""
     for v in x:
