@@ -52,8 +52,10 @@ def cached(compiler: Callable[..., Any], *signature: Any, **options: Any) -> Cal
     return compiled
 
 
-region = cached(numba.cfunc, types.void(types.voidptr))
-"""Compiles what each thread of the team does: a function of the address of the job."""
+def region(loop: Any) -> Any:
+    """Compiles what each thread of the team does: a function of the address of the job."""
+    assert _library() is not None  # it has named the entries that the code is linked to
+    return cached(numba.cfunc, types.void(types.voidptr))(loop)
 
 
 @intrinsic
