@@ -35,7 +35,8 @@ def run(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwa
     """Make such a call under a scope with `recompute=True`, or in one inside it; an exposure in any."""
     kwargs = kwargs or {}
     if call.kind == "exposure":
-        if type(args[0]) is Tensor and not _policy.traced():
+        wrapped = torch._C._functorch.peek_interpreter_stack() is not None  # vmap's tensors tell no storage
+        if type(args[0]) is Tensor and not wrapped and not _policy.traced():
             _recipes.expose(args[0])
             for open_one in _stack.entries():
                 open_one.scope._ledger.step.exposed(args[0])

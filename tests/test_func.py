@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vmap
 
+import fewbit_hooks as fewbit
+
 from .conftest import normed, quiet
 
 SETTINGS: list[dict[str, Any]] = [{"bits": 1}, {"exact": True}, {"bits": 1, "recompute": True}]
@@ -105,3 +107,14 @@ def test_gradients_accumulate_over_microbatches_as_over_the_batch(settings: dict
         loss.backward()
     for p, expected in zip(net.parameters(), whole, strict=True):
         torch.testing.assert_close(p.grad, expected)
+
+
+@pytest.mark.parametrize("arguments", [{"bits": 3}, {"exact": True, "recompute": True}], ids=str)
+@pytest.mark.filterwarnings("ignore:fewbit_hooks.scope compressed nothing")
+def test_in_a_transform_the_memory_of_a_wrapped_tensor_is_nobodys(arguments: dict[str, Any]) -> None:
+    layer, x = nn.Linear(8, 8), torch.randn(4, 8)
+    with fewbit.scope(min_bytes=0, **arguments):
+        h = F.gelu(layer(x))
+        with pytest.raises(RuntimeError, match="accessing `data` under vmap"):  # stock's error
+            vmap(lambda row: row.data * 2)(h)
+        assert grad(lambda t: (t.data * t).sum())(h.detach()).shape == h.shape
