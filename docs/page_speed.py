@@ -53,7 +53,7 @@ LESSONS = """\
   own size, 224 x 224, 0 to 2 %, less than the noise there. The launch-bound model makes six in 20 ms, and pays a
   quarter. `min_bytes` leaves them out.
 - **Dropout's masks** are floats on the CPU, and the host looks at each element: 3 to 5 % of RoBERTa's step, and 7 % of
-  that of LoRA's adapters, each of which has one. (On an AMD EPYC, 2 threads, all of `scope(bits=3)` costs RoBERTa 3 % and
+  that of LoRA's adapters, each of which has one. (On an AMD EPYC, 2 threads, all of `scope(bits=3)` costs RoBERTa 3 %,
   LoRA 4 to 5 %.)
 - **The fused engine** takes as long as the hooks on the CPU, or 1 % less: that its backward is faster than stock's
   shows in no step, whose time goes into matrix products. It is made for GPUs.
