@@ -97,8 +97,7 @@ class Step:
         elif operation.kind == MASK:
             self._mask(operation)
         elif operation.kind == EXPOSURE and operation.x is not None:
-            self._origins.pop(operation.x.storage, None)
-            self._anchors.pop(operation.x.storage, None)
+            self._expose(operation.x.storage)
         elif recompute and large and operation.kind == NORM:
             self._norm(operation)
         elif recompute and large and operation.kind == CONSUMER:
@@ -197,6 +196,14 @@ class Step:
         if watch.site.verdict is Verdict.COPY and watch.treated is Verdict.OUTPUT:
             self.held.pop(x.storage, None)
             self.held[y.storage] = y.nbytes
+
+    def _expose(self, storage: int) -> None:
+        self._origins.pop(storage, None)
+        self._anchors.pop(storage, None)
+        for watch in self._watches:
+            if storage in (watch.y.storage, *(copy.storage for copy in watch.copies)):
+                watch.site.output_changes = True
+                watch.site.forget()
 
     def _leave(self, operation: Operation, reason: str, site: Site | None = None) -> None:
         self.hold(self._tensors(operation), reason)
