@@ -16,7 +16,7 @@ gpu=$(python3 -c 'import torch; print(torch.cuda.get_device_name().replace(" ", 
 }
 status=0
 # pyproject.toml has a setting of pytest-timeout's, which need not be there
-export PYTEST_ADDOPTS="-W ignore::pytest.PytestConfigWarning"
+export PYTEST_ADDOPTS="${PYTEST_ADDOPTS:-} -W ignore::pytest.PytestConfigWarning"
 python3 -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py || status=$?
 # the kernels' own tests run on the device, and not by Triton's interpreter, where there is one
 python3 -m pytest -q -p no:cacheprovider tests/test_triton.py tests/test_kernels.py tests/test_fused.py tests/test_gated.py || status=$?

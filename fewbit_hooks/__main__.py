@@ -18,10 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         status: int = options.run(options)
-    except FewbitError as error:
-        print(f"fewbit: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a file that cannot be written, say
+    except (FewbitError, OSError) as error:  # the latter of a file that cannot be written, say
         print(f"fewbit: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

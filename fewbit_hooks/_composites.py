@@ -34,6 +34,7 @@ from . import _activations, _compiled, _policy, _recompute, _stack, _treatment
 from ._activations import Activation, Parameter, pristine
 from ._calls import Call
 from ._errors import FewbitTypeError, FewbitValueError
+from ._modules import parameters_of
 from ._policy import Keep
 from ._replay import Autocast
 from ._standins import saves
@@ -164,7 +165,7 @@ def replace_forward(
             name = activation.name
         call = Call(name, activation, tuple(parameters)) if activation is not None else None
         composite = Composite(name, forward, call, dict(parameters))
-        cls.forward = functools.wraps(forward)(in_globals_of(forward, _run_or_leave(composite)))
+        cls.forward = in_place_of(forward, _run_or_leave(composite))
         cls.forward._fewbit_original = forward  # type: ignore[attr-defined]
 
 
@@ -190,11 +191,13 @@ def _run_or_leave(composite: Composite) -> types.FunctionType:
     return cast(types.FunctionType, run_or_leave)
 
 
-def in_globals_of(forward: Any, function: types.FunctionType) -> types.FunctionType:
-    """The same function, which needs no globals, with those of `forward`: torch.jit.script reads the source of the
-    one, and looks names up in the globals of the other."""
+def in_place_of(forward: Any, function: types.FunctionType) -> types.FunctionType:
+    """The function, which needs no globals, as what takes the place of a class's `forward`: with its name, and its
+    globals, for torch.jit.script reads the source of the one, and looks names up in the globals of the other."""
     found = getattr(inspect.unwrap(forward), "__globals__", function.__globals__)
-    return types.FunctionType(function.__code__, found, function.__name__, function.__defaults__, function.__closure__)
+    code = function.__code__
+    same = types.FunctionType(code, found, function.__name__, function.__defaults__, function.__closure__)
+    return cast(types.FunctionType, functools.wraps(forward)(same))
 
 
 def _run(entry: Any, composite: Composite, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -330,7 +333,7 @@ def _reason_to_leave(composite: Composite, module: nn.Module, x: Tensor) -> str:
     if "forward" in module.__dict__:
         return OWN_FORWARD
     inner = (m for m in module._modules.values() if m is not None)
-    if any(p is not None for m in inner for p in m.parameters()):
+    if any(p is not None for m in inner for p in parameters_of(m)):
         return HAS_PARAMETERS
     probe = _probe(composite, x)
     version = probe._version
@@ -362,7 +365,7 @@ def _shared(a: Tensor, b: Tensor) -> bool:
 
 
 def _saves(composite: Composite, module: nn.Module, x: Tensor) -> tuple[float, bool]:
-    own = [*module.parameters(), *module.buffers()]
+    own = [*parameters_of(module), *module.buffers()]
     return saves(functools.partial(composite.forward, module), _probe(composite, x), own, autocast=True)
 
 

@@ -11,14 +11,15 @@ ours is the only mode, it is taken off while they run: there is nothing in them 
 from __future__ import annotations
 
 import functools
-import types
+from types import FunctionType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import _stack
-from ._composites import in_globals_of
+from ._composites import in_place_of
+from ._modules import parameters_of
 
 CLASSES: tuple[type[nn.Module], ...] = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
@@ -27,10 +28,10 @@ CLASSES: tuple[type[nn.Module], ...] = (nn.MultiheadAttention, nn.TransformerEnc
 def keep_open() -> None:
     """Replace the classes' forwards, once, by such as take our mode off."""
     for cls in CLASSES:
-        cls.forward = functools.wraps(cls.forward)(in_globals_of(cls.forward, _run_or_leave(cls.forward)))
+        cls.forward = in_place_of(cls.forward, _run_or_leave(cls.forward))
 
 
-def _run_or_leave(forward: Any) -> types.FunctionType:
+def _run_or_leave(forward: Any) -> FunctionType:
     thread, is_compiling, run = _stack.this_thread, torch.compiler.is_compiling, _run
 
     def run_or_leave(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -38,7 +39,7 @@ def _run_or_leave(forward: Any) -> types.FunctionType:
             return forward(self, *args, **kwargs)
         return run(forward, self, args, kwargs)
 
-    return cast(types.FunctionType, run_or_leave)
+    return cast(FunctionType, run_or_leave)
 
 
 def _run(forward: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -59,4 +60,4 @@ def _records(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return False
     given = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
     with torch._C.DisableTorchFunction():
-        return any(t.requires_grad for t in (*given, *nn.Module.parameters(module)))
+        return any(t.requires_grad for t in (*given, *parameters_of(module)))

@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import _fused, _one_node, _policy, _stack, ops
 from ._calls import RECOGNISED, Call
-from ._composites import in_globals_of
+from ._composites import in_place_of
 from ._imported import Imported
 from ._ledger import RECOMPUTED, Step
 from ._plan import Plan
@@ -210,7 +210,7 @@ def _run_or_leave(forward: Any, unit: Unit) -> FunctionType:
             return forward(self, *args, **kwargs)
         return run(acting(), unit, forward, self, args[0])
 
-    return cast(FunctionType, functools.wraps(forward)(in_globals_of(forward, cast(FunctionType, run_or_leave))))
+    return in_place_of(forward, cast(FunctionType, run_or_leave))
 
 
 def _fuses(entry: Any) -> bool:

@@ -278,7 +278,8 @@ class PackHook:
             self._ledger.stored(self._row, nbytes(self._codes) + nbytes(self._flag))
         layout, step = ops.Layout.of(t), self._ledger.step
         # log_sigmoid's buffer is contiguous, whatever its input is, in whose order the codes are
-        order = layout if plan.codebook is None else layout._replace(stride=ops.Layout.of(self._x).stride)
+        same = plan.codebook is None or t.stride() == self._x.stride()
+        order = layout if same else layout._replace(stride=ops.Layout.of(self._x).stride)
         if self._inverse is not None:
             decoder = functools.partial(self._inverse.standins, k)
             self._beside.append(Beside(self._codes, decoder, layout, order, name, step))

@@ -291,10 +291,10 @@ def _keep(ledger: Ledger, call: MaskCall, reason: str, tensors: list[Tensor], ru
     before = max((t.grad_fn._sequence_nr() for t in tensors if t.grad_fn is not None), default=-1)
     row = ledger.row(call.name, None, reason)
     result = run_it()
-    for y in result if isinstance(result, tuple) else (result,):
-        if isinstance(y, Tensor):
-            ledger.ends_at(y)
-    nodes = [y.grad_fn for y in (result if isinstance(result, tuple) else (result,)) if isinstance(y, Tensor)]
+    made = [y for y in (result if isinstance(result, tuple) else (result,)) if isinstance(y, Tensor)]
+    for y in made:
+        ledger.ends_at(y)
+    nodes = [y.grad_fn for y in made]
     seen: set[Any] = set()
     while nodes:
         node = nodes.pop()

@@ -49,6 +49,11 @@ def model_of(module: nn.Module) -> nn.Module:
     return module if model is None else model  # `or` would ask for its length, which raises in what torch.compile made
 
 
+def parameters_of(module: nn.Module, *, recurse: bool = True) -> list[nn.Parameter]:
+    """A module's parameters, whatever else a method of its own of that name may give an optimizer."""
+    return list(nn.Module.parameters(module, recurse))
+
+
 def path(module: ModuleRef | None, model: ModuleRef | None) -> str:
     """`encoder.layer.0.intermediate`, as `model.named_modules()` names it; empty where it does not, or not any more."""
     found, root = (module() if module else None), (model() if model else None)

@@ -125,8 +125,7 @@ class Step:
                 and site.expected in FROM_OUTPUT
                 and any(self._versions[ref.storage] != ref.version for ref in relied)
             ):
-                site.output_changes = True
-                site.forget()
+                site.distrust_output()
             input_kept = all(storage in alive for storage in watch.storages)
             copy_kept = bool(watch.copies) and all(copy.storage in alive for copy in watch.copies)
             site.see(input_kept, watch.y.storage in alive, copy_kept, watch.treated, self._number)
@@ -202,8 +201,7 @@ class Step:
         self._anchors.pop(storage, None)
         for watch in self._watches:
             if storage in (watch.y.storage, *(copy.storage for copy in watch.copies)):
-                watch.site.output_changes = True
-                watch.site.forget()
+                watch.site.distrust_output()
 
     def _leave(self, operation: Operation, reason: str, site: Site | None = None) -> None:
         self.hold(self._tensors(operation), reason)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import _policy, _stack
 from ._errors import FewbitTypeError
+from ._modules import parameters_of
 from ._predict import Outlook, Prediction, predict
 from ._profile_table import Profile, ProfileRow
 from ._quantizer import check_bits
@@ -79,7 +80,7 @@ def profile(
     args, kwargs = _arguments(batch)
     user = list(tensors_in((args, kwargs)))
     if isinstance(model, nn.Module):
-        recorder.note_own([*model.parameters(), *model.buffers()])
+        recorder.note_own([*parameters_of(model), *model.buffers()])
     outer = scope(bits=None) if _stack.active() is not None else contextlib.nullcontext()
     with generators_restored(), buffers_restored(), outer, torch.enable_grad():
         with recorder:

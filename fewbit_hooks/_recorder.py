@@ -32,7 +32,7 @@ from ._calls import BACKWARD, RECOGNISED
 from ._composites import Composite
 from ._hooks import Kept, unpack
 from ._mask_calls import MaskCall
-from ._modules import innermost_module, outermost_module
+from ._modules import innermost_module, outermost_module, parameters_of
 from ._recompute_calls import RECOMPUTE
 from ._recording import IN, MADE, OUT, Operation, Saved
 from ._seen import Seen
@@ -241,7 +241,7 @@ class Recorder(TorchFunctionMode):
         return int(storage._cdata)
 
     def _note_module(self, module: nn.Module, _: Any) -> None:
-        self.note_own(module.parameters(recurse=False))
+        self.note_own(parameters_of(module, recurse=False))
         self.note_own(module.buffers(recurse=False))
 
 

@@ -37,7 +37,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ._dtensor import detached, is_dtensor, local_part, version_of
-from ._modules import CALL_IMPL, ModuleRef, model_of
+from ._modules import CALL_IMPL, ModuleRef, model_of, parameters_of
 
 LOOK_AGAIN = 64
 """Steps after which a site is looked at again: a change that nothing announces costs memory for that long at most."""
@@ -106,6 +106,11 @@ class Site:
         self._agreed = self._step = 0
         self.output_stays = self._tried = False
         self._asked = self._served = -2  # the last steps in which it was
+
+    def distrust_output(self) -> None:
+        """The output, or the copy, was changed in place, or may be unseen: never rely upon it."""
+        self.output_changes = True
+        self.forget()
 
     def is_stale(self, module: nn.Module, step: int) -> bool:
         """Whether what is known was seen in another mode of the module, or long ago."""
@@ -251,8 +256,7 @@ class Watch:
     def exposed(self, storage: int) -> None:
         """Somebody may change what lies in this storage: it is not relied upon, now or later, if it is the output's."""
         if self.output.cdata == storage or any(copy.cdata == storage for copy in self.copies):
-            self.site.output_changes = True
-            self.site.forget()
+            self.site.distrust_output()
             for ref in self.relying:
                 if (packed := ref()) is not None:
                     packed.rely_on_a_copy()
@@ -267,8 +271,7 @@ class Watch:
             if (packed := ref()) is not None:
                 changed |= packed.has_changed()
         if changed:
-            self.site.output_changes = True
-            self.site.forget()
+            self.site.distrust_output()
         input_kept = not any(map(StorageWeakRef.expired, self.saved))
         copy_kept = bool(self.copies) and not any(map(StorageWeakRef.expired, self.copies))
         self.site.see(input_kept, not self.output.expired(), copy_kept, self.treated, step)
@@ -353,8 +356,7 @@ class Sites:
         """Forget a model's sites if a parameter's `requires_grad` has changed: a frozen layer keeps no input."""
         trainable = self._models.get(model)
         if trainable is None or step - trainable.listed > LOOK_AGAIN:
-            parameters = list(nn.Module.parameters(model))  # a model may have a method of that name that does more
-            trainable = self._models[model] = Trainable(parameters, step)
+            trainable = self._models[model] = Trainable(parameters_of(model), step)
         if trainable.looked != step and trainable.changed(step):
             for site in list(self._sites.values()):  # other threads may add to them
                 if site.model() is model:

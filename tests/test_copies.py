@@ -306,6 +306,16 @@ def test_the_inside_of_what_was_padded() -> None:
     assert inside((x.detach(), (1, 1)), {}, F.pad(x.detach(), (1, 1))) is None
 
 
+def check_gradients(net: nn.Module, x: Tensor, parameter: Tensor) -> None:
+    """Through four steps of one scope they are stock's, bit for bit."""
+    stock = torch.autograd.grad(net(x), parameter)[0]
+    opened = fewbit.scope(exact=True, min_bytes=0)
+    for _ in range(4):
+        with opened:
+            loss = net(x)
+        assert torch.equal(torch.autograd.grad(loss, parameter)[0], stock)
+
+
 def test_a_copy_of_another_part_of_the_storage_is_no_copy_of_the_output() -> None:
     class Halves(nn.Module):
         def __init__(self) -> None:
@@ -320,12 +330,7 @@ def test_a_copy_of_another_part_of_the_storage_is_no_copy_of_the_output() -> Non
 
     torch.manual_seed(0)
     net, x = Halves(), torch.randn(4, 3, 5, 5)
-    stock = torch.autograd.grad(net(x), net.first.weight)[0]
-    opened = fewbit.scope(exact=True, min_bytes=0)
-    for _ in range(4):
-        with opened:
-            loss = net(x)
-        assert torch.equal(torch.autograd.grad(loss, net.first.weight)[0], stock)
+    check_gradients(net, x, net.first.weight)
 
 
 def test_a_copy_in_another_order_gives_the_gradient_its_own_order() -> None:
@@ -342,10 +347,5 @@ def test_a_copy_in_another_order_gives_the_gradient_its_own_order() -> None:
 
     torch.manual_seed(0)
     net, x = Circular(), torch.randn(4, 8, 14, 14).contiguous(memory_format=torch.channels_last)
-    stock = torch.autograd.grad(net(x), net.first.bias)[0]
-    opened = fewbit.scope(exact=True, min_bytes=0)
-    for _ in range(4):
-        with opened:
-            loss = net(x)
-        assert torch.equal(torch.autograd.grad(loss, net.first.bias)[0], stock)
+    check_gradients(net, x, net.first.bias)
     assert len(set(net.strides)) == 1

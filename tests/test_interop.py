@@ -27,14 +27,14 @@ from torch.utils.checkpoint import (
 import fewbit_hooks as fewbit
 from fewbit_hooks._hooks import Packed
 
+from .conftest import torch_threads
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Tiny operations on a busy machine: a second thread would only be waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with torch_threads(1):
+        yield
 
 
 def model(depth: int = 3) -> nn.Sequential:

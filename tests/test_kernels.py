@@ -21,6 +21,7 @@ from fewbit_hooks import ops
 from fewbit_hooks._standins import all_values
 from fewbit_hooks.ops import _beside, _dispatch, _layout, _torch, _two_values
 
+from .conftest import torch_threads
 from .hard_cases import BITS, DTYPES, boundaries_for, hard_values, random_codes, views
 
 # the interpreter computes in numpy, which warns where a GPU does not
@@ -391,10 +392,8 @@ def many_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     numba = pytest.importorskip("fewbit_hooks.ops._numba", reason="numba is not installed")
     monkeypatch.setattr(numba, "FEW", 0)
     monkeypatch.setattr(_layout, "CHUNK", 512)
-    before = torch.get_num_threads()
-    torch.set_num_threads(8)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(8):
+        yield
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -20,6 +20,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import fewbit_hooks as fewbit
 
+from .conftest import torch_threads
+
 FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
     F.gelu,
     torch.tanh,
@@ -39,10 +41,8 @@ kept tensor of 16 KiB an iteration would be 14 MiB in 1,000 steps, 140 MiB in 10
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Tiny operations on a busy machine: a second thread would only be waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with torch_threads(1):
+        yield
 
 
 def tensors_alive() -> int:

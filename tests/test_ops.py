@@ -21,6 +21,7 @@ from fewbit_hooks import ops
 from fewbit_hooks._float16 import scale_for_jump, snap
 from fewbit_hooks.ops import _dispatch, _layout
 
+from .conftest import torch_threads
 from .hard_cases import BITS, DTYPES, boundaries_for, hard_values, random_codes, views
 
 SIZES = [0, 1, 7, 8, 9, 1023, 1024]
@@ -41,10 +42,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture(autouse=True)
 def all_threads() -> Iterator[None]:
     """Coding shares its work out among threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(os.cpu_count() or 1):
+        yield
 
 
 @pytest.fixture

@@ -418,6 +418,7 @@ def test_a_model_may_have_parameters_of_its_own_making(opened: fewbit.scope) -> 
             return out
 
     assert steps(Groups(), opened)[-1] == {"gelu Groups": "y+1"}
+    assert fewbit.profile(Groups(), torch.randn(64, 64)).nbytes == 3 * 64 * 64 * 4  # what a, gelu and b keep
 
 
 def test_threads_that_share_a_scope_may_bring_new_modules_and_freeze_old_ones(opened: fewbit.scope) -> None:

@@ -14,6 +14,8 @@ import torch
 from fewbit_hooks import ops
 from fewbit_hooks.ops import _torch
 
+from .conftest import torch_threads
+
 pytest.importorskip("numba", reason="numba is not installed")
 
 from fewbit_hooks.ops import _numba, _team
@@ -26,10 +28,8 @@ has_a_team = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def eight_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(8)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(8):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_there_are_as_many_threads_as_torch_has() -> None:
 @pytest.mark.parametrize("groups", [0, 1, 2, 7, 8, 9, 63, 1000])
 def test_each_group_is_worked_on_once_and_all_threads_work(count: int, groups: int) -> None:
     seen, by = np.zeros(groups, np.int64), np.zeros(groups, np.int64)
-    _team.run(count, np.array([groups, seen.ctypes.data, by.ctypes.data, 0, 0, 0, 0, 0]))
+    _team.run(count, np.array([groups, seen.ctypes.data, by.ctypes.data] + [0] * (_team.JOB - 3)))
     assert (seen == 1).all()
     assert len(set(by)) == min(groups, 8)
     if groups >= 8:

@@ -136,7 +136,7 @@ def _run(loop: Loop, codes: Any, table: Any, bits: int = 1, *, values: Any = NON
         _alone(loop)(values, halves, codes, table, bits)
         return
     at = [array.ctypes.data for array in (values, halves, codes, table)]
-    _team.run(_together(loop, values.dtype.type, table.dtype.type), np.array([n // 8, bits, *at, table.size, 0]))
+    _team.run(_together(loop, values.dtype.type, table.dtype.type), np.array([n // 8, bits, *at, table.size]))
 
 
 @functools.cache

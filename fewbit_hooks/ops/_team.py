@@ -31,7 +31,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
-JOB = 8
+JOB = 7
 """Numbers, int64, that a region is handed; the first is how many groups there are."""
 
 _THREAD, _THREADS = "omp_get_thread_num", "omp_get_num_threads"
