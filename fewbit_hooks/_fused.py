@@ -80,7 +80,7 @@ class _Parameters:
             assert self.formula is not None
             # of no parameters a kernel reads none, but wants a pointer
             numbers = torch.tensor(self.formula.parameters or (0.0,), dtype=torch.float64, device="cpu")
-            self._on[dtype, device] = numbers.to(dtype).to(device, non_blocking=True)
+            self._on[dtype, device] = ops.put(numbers.to(dtype), device)
         return self._on[dtype, device]
 
 

@@ -67,6 +67,15 @@ class Inverse:
         assert self._side is not None
         return self._side
 
+    def is_ready(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """As `Plan.is_ready`, for outputs of the dtype."""
+        if (dtype, dtype, device) not in self._tables:
+            if ops.capturing(device):
+                return False
+            self.slopes(dtype, ops.multiplied_in(dtype, device), device)
+            self.table(0, dtype, dtype, device)
+        return True
+
     def standins(self, k: int, output: Tensor, packed: Tensor | None, layout: ops.Layout) -> Tensor:
         """What to hand the node for the k-th tensor that the call saves."""
         return ops.decode_beside(output, packed, self.table(k, output.dtype, layout.dtype, layout.device), layout)
@@ -93,8 +102,9 @@ class Inverse:
         key = output, dtype, device
         if key not in self._tables:
             s = self.inputs(output)
-            saved = saved_by(self._function, s.to(dtype).to(device, non_blocking=True))
-            self._tables[key] = [t.to(dtype) if t.shape == s.shape else None for t in saved]
+            with ops.waiting(device):
+                saved = saved_by(self._function, s.to(dtype).to(device))
+                self._tables[key] = [t.to(dtype) if t.shape == s.shape else None for t in saved]
         table = self._tables[key][k]
         assert table is not None
         return table
@@ -104,7 +114,7 @@ class Inverse:
         key = output, dtype, device
         if key not in self._slopes:
             slopes = torch.from_numpy(self._derivative(self.inputs(output).numpy()))
-            self._slopes[key] = slopes.to(dtype).to(device, non_blocking=True)
+            self._slopes[key] = ops.put(slopes.to(dtype), device)
         return self._slopes[key]
 
     def inputs(self, output: torch.dtype) -> Tensor:

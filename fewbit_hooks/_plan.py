@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import ops
@@ -64,7 +65,26 @@ class Plan:
         self._inverse_sought = False
         self._is_not_a_number: tuple[bool, bool] | None = None
         self._serves_itself: dict[tuple[torch.dtype, torch.device], bool] = {}
+        self._ready: set[tuple[torch.dtype, torch.device]] = set()
         self.thresholds = ops.Thresholds(codebook.boundaries, codebook.folded) if codebook else None
+
+    def is_ready(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether the tables that an input's codes take are on its device; they are made now, where they can be.
+
+        The host waits until they are there. That it cannot while a CUDA graph is captured.
+        """
+        key = dtype, device
+        if key not in self._ready:
+            if ops.capturing(device):
+                return False
+            with ops.waiting(device):
+                self._decoding_rows(dtype, device)
+                if self.codebook is not None:
+                    self.level_rows(ops.multiplied_in(dtype, device), device)
+                few = torch.zeros(16, dtype=dtype, device=device)
+                ops.encode(few, self.bits, self.coder(dtype, device))  # what a coder puts there is its own business
+            self._ready.add(key)
+        return True
 
     def coder(self, dtype: torch.dtype, device: torch.device) -> Coder:
         """What maps a flat chunk to codes: of the input if the activation is smooth, else of the saved tensor."""
@@ -72,7 +92,8 @@ class Plan:
             return self.thresholds
         key = dtype, device
         if key not in self._coders:
-            self._coders[key] = self._two_valued_coder(dtype, device)
+            with ops.waiting(device):
+                self._coders[key] = self._two_valued_coder(dtype, device)
         return self._coders[key]
 
     def rows(self, k: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
@@ -81,10 +102,7 @@ class Plan:
         Raises:
             FewbitError: the call saves fewer tensors than that, so that what was learned of it does not hold.
         """
-        key = dtype, device
-        if key not in self._rows:
-            self._rows[key] = self._decoding_rows(dtype, device)
-        saved = self._rows[key]
+        saved = self._decoding_rows(dtype, device)
         if k >= len(saved):
             raise FewbitError(
                 f"{self.activation.name} saved a tensor more than the {len(saved)} it was seen to save. Please report "
@@ -105,6 +123,8 @@ class Plan:
         if not self._inverse_sought:
             self._inverse = find_inverse(self.function, self._derivative)
         self._inverse_sought = True
+        if self._inverse is None or not (x.is_cpu or self._inverse.is_ready(x.dtype, x.device)):
+            return None
         return self._inverse
 
     def _output_serves(self, x: Tensor) -> bool:
@@ -112,11 +132,12 @@ class Plan:
             return False  # the output lies in memory in another way, and which NaN counts depends on the position
         key = x.dtype, x.device
         if key not in self._serves_itself:
-            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            if ops.capturing(x.device):
                 return False  # the answer makes the host wait for the device: another time
-            # how a kernel rounds its limits differs from kernel to kernel: ask the device's own
-            values = self._telling_values(x.dtype).to(x.device)
-            self._serves_itself[key] = serves_itself(self.function, values)
+            with ops.waiting(x.device):
+                # how a kernel rounds its limits differs from kernel to kernel: ask the device's own
+                values = self._telling_values(x.dtype).to(x.device)
+                self._serves_itself[key] = serves_itself(self.function, values)
         return self._serves_itself[key]
 
     def reason_to_keep(self, t: Tensor) -> str:
@@ -170,7 +191,7 @@ class Plan:
         assert self.codebook is not None
         key = dtype, device
         if key not in self._levels:
-            self._levels[key] = ops.rows(_on(self.codebook.levels, dtype, device), self.bits)
+            self._levels[key] = self._rows_of(self.codebook.levels, dtype, device)
         return self._levels[key]
 
     def intermediates(self, x: Tensor) -> int:
@@ -215,11 +236,18 @@ class Plan:
         return ops.compare(functools.partial(self.activation.second_value, **self.parameters), v)
 
     def _decoding_rows(self, dtype: torch.dtype, device: torch.device) -> Saved:
+        key = dtype, device
+        if key not in self._rows:
+            with ops.waiting(device):
+                self._rows[key] = self._make_decoding_rows(dtype, device)
+        return self._rows[key]
+
+    def _make_decoding_rows(self, dtype: torch.dtype, device: torch.device) -> Saved:
         if self.codebook is None:
             integers = self._middles(np.arange(-128.0, 128.0), dtype)
             if len(integers) == 2 and dtype not in SIXTEEN_BIT:
-                return [ops.rows(_on(np.array([integers[0], integers[1]]), torch.int8, device), self.bits)]
-            return [ops.rows(_on(self._two_values(dtype), dtype, device), self.bits)]
+                return [self._rows_of(np.array([integers[0], integers[1]]), torch.int8, device)]
+            return [self._rows_of(self._two_values(dtype), dtype, device)]
         if dtype in SIXTEEN_BIT:
             s = standins_16bit(self.function, self.codebook.levels, dtype)
         else:
@@ -227,10 +255,13 @@ class Plan:
         saved = saved_by(self.function, s.to(device=device, dtype=dtype))
         return [ops.rows(t.to(dtype), self.bits) if t.shape == s.shape else None for t in saved]
 
-    def _derivative(self, x: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def _rows_of(self, values: NDArray[np.float64], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return ops.put(ops.rows(torch.tensor(values, device="cpu").to(dtype), self.bits), device)
+
+    def _derivative(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         return self.activation.derivative(x, **self.parameters)
 
-    def _two_values(self, dtype: torch.dtype) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def _two_values(self, dtype: torch.dtype) -> NDArray[np.float64]:
         """One value for each code, as far from a change of code as there is."""
         values = self._telling_values(dtype).double().numpy()
         # the last resort: clamp(x, -inf, inf) has its second value at NaN alone, clamp(x, min=inf) at inf
@@ -239,7 +270,7 @@ class Plan:
         middle |= self._middles(np.unique(values[np.isfinite(values)]), dtype)
         return np.array([middle.get(0, middle.get(1, 0.0)), middle.get(1, middle.get(0, 0.0))])
 
-    def _middles(self, values: np.ndarray[Any, np.dtype[np.float64]], dtype: torch.dtype) -> dict[int, float]:
+    def _middles(self, values: NDArray[np.float64], dtype: torch.dtype) -> dict[int, float]:
         """For each code that ascending values have, the middle of its longest run."""
         codes = self._codes_of(values, dtype)
         starts = np.flatnonzero(np.diff(codes, prepend=-1))
@@ -259,9 +290,7 @@ class Plan:
         at = torch.cat([spread, torch.tensor(ends, dtype=torch.float64, device="cpu").to(spread.dtype)])
         return torch.cat([at, *(torch.nextafter(at, torch.full_like(at, side)) for side in (-np.inf, np.inf))])
 
-    def _codes_of(
-        self, values: np.ndarray[Any, np.dtype[np.float64]], dtype: torch.dtype
-    ) -> np.ndarray[Any, np.dtype[Any]]:
+    def _codes_of(self, values: NDArray[np.float64], dtype: torch.dtype) -> NDArray[Any]:
         return self.coder(dtype, torch.device("cpu"))(torch.from_numpy(values).to(dtype)).numpy().astype(np.int8)
 
 
@@ -279,7 +308,3 @@ def may_look(t: Tensor) -> bool:
 
 def _is_dense(x: Tensor) -> bool:
     return ops.Layout.of(x).stride == x.stride()
-
-
-def _on(values: np.ndarray[Any, np.dtype[np.float64]], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(values, device="cpu").to(dtype).to(device, non_blocking=True)

@@ -43,6 +43,7 @@ TRANSFORM = "inside a torch.func transform"
 FORWARD_AD = "inside forward-mode AD"
 TRACING = "being traced"
 DISABLED = "saved-tensor hooks are disabled"
+CAPTURING = "a CUDA graph is being captured, and its tables must be made before: run the step once without"
 EXCLUDED = "excluded"
 EXACT = "exact=True, and its derivative is not two-valued"
 
@@ -239,6 +240,8 @@ def make_plan(
         if len(_plans) >= MAX_PLANS:  # parameters that change at every call, as in adaptive clipping
             _plans.clear()
         _plans[key] = plan
+    if not (x.is_cpu or plan.is_ready(x.dtype, x.device)):
+        raise Keep(CAPTURING)
     return plan
 
 

@@ -140,6 +140,55 @@ def test_a_step_can_be_captured_in_a_cuda_graph(model: nn.Module, engine: str) -
         torch.testing.assert_close(p.grad, expected)
 
 
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_graph_that_is_captured_at_once_keeps_what_has_no_tables_yet(warm: bool) -> None:
+    x = torch.randn(4096, device="cuda")
+    alpha = 0.7 + warm / 10  # whose tables no other test has made
+
+    def gradient() -> tuple[Tensor, fewbit.Report]:
+        leaf = x.detach().requires_grad_()
+        with fewbit.scope(min_bytes=0) as opened:
+            y = F.elu(leaf, alpha=alpha)
+        return torch.autograd.grad(y, leaf, torch.ones_like(y))[0], opened.report()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # kernels of torch and Triton are loaded outside of capture
+        torch.autograd.grad(F.elu(x.requires_grad_(), alpha=alpha).sum(), x)
+        if warm:
+            gradient()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grad, report = gradient()
+    graph.replay()
+    (row,) = report.rows
+    assert row.bits == (3 if warm else None)
+    assert warm or "CUDA graph" in row.reason
+    exact = torch.where(x > 0, torch.ones_like(x), alpha * x.exp())
+    torch.testing.assert_close(grad, exact.detach(), rtol=0, atol=0.2 if warm else 1e-6)
+
+
+def test_a_table_is_filled_for_every_stream() -> None:
+    x = torch.randn(4096, device="cuda")
+    busy, other = torch.cuda.Stream(), torch.cuda.Stream()
+
+    def gradient() -> Tensor:
+        leaf = x.detach().requires_grad_()
+        with fewbit.scope(min_bytes=0):
+            y = F.elu(leaf, alpha=0.6)
+        return torch.autograd.grad(y, leaf, torch.ones_like(y))[0]
+
+    torch.cuda.synchronize()
+    with torch.cuda.stream(busy):
+        torch.cuda._sleep(1_000_000_000)  # the tables are made behind this
+        gradient()
+    with torch.cuda.stream(other):
+        grad = gradient()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(grad, gradient(), rtol=0, atol=0)
+
+
 @pytest.mark.filterwarnings("ignore")  # Dynamo's and inductor's own
 def test_a_compiled_step_of_mode_reduce_overhead_is_coded(model: nn.Module) -> None:
     torch._dynamo.reset()

@@ -5,6 +5,9 @@ from ._coders import Coder as Coder
 from ._coders import Lookup as Lookup
 from ._coders import Thresholds as Thresholds
 from ._coders import compare as compare
+from ._devices import capturing as capturing
+from ._devices import put as put
+from ._devices import waiting as waiting
 from ._dispatch import backend as backend
 from ._dispatch import decode as decode
 from ._dispatch import decode_beside as decode_beside

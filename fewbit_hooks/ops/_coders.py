@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .. import _float16
+from ._devices import put
 from ._layout import computed_in
 
 Coder = Callable[[Tensor], Tensor]
@@ -97,7 +98,7 @@ class Thresholds:
         """The slow twin: float64 holds every input and every boundary exactly, so this is the definition itself."""
         exact = chunk.double()
         if chunk.device not in self._boundaries:
-            self._boundaries[chunk.device] = self._boundaries[torch.device("cpu")].to(chunk.device, non_blocking=True)
+            self._boundaries[chunk.device] = put(self._boundaries[torch.device("cpu")], chunk.device)
         boundaries = self._boundaries[chunk.device]
         return torch.bucketize(exact.abs() if self.folded else exact, boundaries, out_int32=True).to(torch.uint8)
 
@@ -120,7 +121,7 @@ class Thresholds:
         dtype = computed_in(dtype)
         if (dtype, device) not in self._limits:
             limits = _rounded_down(self._boundaries[torch.device("cpu")], dtype)
-            self._limits[dtype, device] = limits.to(device, non_blocking=True)
+            self._limits[dtype, device] = put(limits, device)
         return self._limits[dtype, device]
 
     def lookup(self, dtype: torch.dtype, device: torch.device) -> tuple[Lookup, float] | None:
@@ -132,7 +133,7 @@ class Thresholds:
             bits = torch.arange(1 << 16, dtype=torch.int32, device="cpu").to(torch.uint16)
             values = bits.view(torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
             table = self.bucketize(values.double() / scale)
-            self._lookups[dtype, device] = Lookup(table.to(device, non_blocking=True))
+            self._lookups[dtype, device] = Lookup(put(table, device))
         return self._lookups[dtype, device], scale
 
 
@@ -197,7 +198,7 @@ class Between:
             low, high = torch.tensor(self._ends, dtype=torch.float64, device="cpu")
             low = _rounded_down(low, dtype) if self.open_low else -_rounded_down(-low, dtype)
             high = -_rounded_down(-high, dtype) if self.open_high else _rounded_down(high, dtype)
-            self._limits[dtype, device] = torch.stack([low, high]).to(device, non_blocking=True)
+            self._limits[dtype, device] = put(torch.stack([low, high]), device)
         return self._limits[dtype, device]
 
 

@@ -13,12 +13,11 @@ said but by the doctor.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -28,6 +27,7 @@ from torch import Tensor
 from .. import _errors
 from . import _beside, _torch, _two_values
 from ._coders import Coder, Thresholds
+from ._devices import capturing, waiting
 from ._layout import Layout, computed_in
 
 DEVICE_TYPES = frozenset({"cuda"})
@@ -82,7 +82,7 @@ def _backend(device: torch.device, name: str) -> Backend:
     found = _found.get((device, name))
     if found is not None:
         return found
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if capturing(device):
         return Backend(None, "a CUDA graph is being captured, and the first look makes the host wait: another time")
     with _lock:
         if (device, name) not in _found:
@@ -98,7 +98,7 @@ def _look(device: torch.device, name: str) -> Backend:
         return Backend(None, f"{package} is not installed")
     check, instead = _CHECKS[name]
     try:
-        with _waiting(device):
+        with waiting(device):
             kernels = importlib.import_module(f".{name}", __package__)
             check(kernels, device)
     except Exception as error:  # see the note above
@@ -108,20 +108,6 @@ def _look(device: torch.device, name: str) -> Backend:
         )
         return Backend(None, why)
     return Backend(kernels, package)
-
-
-@contextlib.contextmanager
-def _waiting(device: torch.device) -> Iterator[None]:
-    """The host may wait for the device here, and nothing is recognised or recorded."""
-    mode = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
-    try:
-        if mode:
-            torch.cuda.set_sync_debug_mode(0)
-        with torch._C.DisableTorchFunction(), torch.no_grad():
-            yield
-    finally:
-        if mode:
-            torch.cuda.set_sync_debug_mode(mode)
 
 
 def _check(kernels: ModuleType, device: torch.device) -> None:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ._coders import FEW, Coder, look_up
+from ._devices import put
 from ._layout import Layout, chunk_size, chunks, computed_in
 
 
@@ -236,7 +237,7 @@ def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def code_rows(bits: int, device: torch.device) -> Tensor:
     """The table of rows of the codes themselves."""
-    return rows(torch.arange(1 << bits, device=device).to(torch.uint8), bits)
+    return put(rows(torch.arange(1 << bits, device="cpu").to(torch.uint8), bits), device)
 
 
 def _indices_of_few(packed: NDArray[np.uint8], bits: int, in_row: int) -> NDArray[np.int64]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import _torch
 from ._coders import compare
+from ._devices import put
 from ._layout import INTEGERS, chunks
 from ._torch import rows
 
@@ -57,4 +58,4 @@ def _is(other: int, chunk: Tensor) -> Tensor:
 def two_value_rows(other: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The table that `decode` looks up for a tensor of 0 and the value of these bits, at 1 bit."""
     values = torch.tensor([0, other], dtype=INTEGERS[dtype.itemsize], device="cpu").view(dtype)
-    return rows(values.to(device, non_blocking=True), 1)
+    return put(rows(values, 1), device)
