@@ -207,7 +207,12 @@ def _run(entry: Any, composite: Composite, module: nn.Module, args: tuple[Any, .
     x = args[0] if args else next(iter(kwargs.values()), None)
     if len(args) + len(kwargs) != 1 or not isinstance(x, Tensor) or _policy.traced():
         return composite.forward(module, *args, **kwargs)
-    run_it = functools.partial(composite.forward, module, x)
+    with torch._C.DisableTorchFunction():  # or the mode would see each attribute that is read here
+        return _run_in_scope(entry, composite, module, x)
+
+
+def _run_in_scope(entry: _stack.Entry, composite: Composite, module: nn.Module, x: Tensor) -> Any:
+    run_it = functools.partial(_stack.with_modes, composite.forward, module, x)
     if composite.call is not None:
         facts = _known(module, x)
         if facts is not None and not facts.reason and not facts.gains(composite):
@@ -324,9 +329,8 @@ def _known(module: nn.Module, x: Tensor) -> Facts | None:
 
 
 def _state(module: nn.Module, x: Tensor) -> Any:
-    with torch._C.DisableTorchFunction():  # else the mode would see each attribute
-        trainable = tuple([p.requires_grad for p in module._parameters.values() if p is not None])
-        return x.dtype, x.device, x.requires_grad, trainable, Autocast.of(x.device.type)
+    trainable = tuple([p.requires_grad for p in module._parameters.values() if p is not None])
+    return x.dtype, x.device, x.requires_grad, trainable, Autocast.of(x.device.type)
 
 
 def _reason_to_leave(composite: Composite, module: nn.Module, x: Tensor) -> str:

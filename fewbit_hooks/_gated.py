@@ -24,10 +24,12 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import operator
 import textwrap
+import weakref
 from collections.abc import Callable
-from types import FunctionType, ModuleType
-from typing import Any, NamedTuple, cast
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -276,7 +278,14 @@ class _Watching(TorchFunctionMode):
         return y
 
 
-def _seen_in(act: Any) -> tuple[Call, Any, tuple[Any, ...], dict[str, Any]] | None:
+Seen: TypeAlias = tuple[Call, Any, tuple[Any, ...], dict[str, Any]]
+"""A recognised call, the function and its arguments."""
+
+_seen: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], Seen | None]] = weakref.WeakKeyDictionary()
+_PLAIN = (int, float, str, type(None), FunctionType, BuiltinFunctionType, MethodType)
+
+
+def _seen_in(act: Any) -> Seen | None:
     """The one call that an activation's module makes, and its arguments; None where more happens."""
     if not isinstance(act, nn.Module) or type(act).__module__ not in _KNOWN or isinstance(act, nn.RReLU):
         return None
@@ -289,6 +298,18 @@ def _seen_in(act: Any) -> tuple[Call, Any, tuple[Any, ...], dict[str, Any]] | No
         or nn.modules.module._has_any_global_hook()
     ):
         return None
+    state = [value for name, value in act.__dict__.items() if not name.startswith("_")]
+    known = _seen.get(act)
+    if known is not None and len(state) == len(known[0]) and all(map(operator.is_, state, known[0])):
+        return known[1]
+    seen = _look_into(act)
+    inside = (*act._modules, *act._parameters, *act._buffers)
+    if not inside and all(isinstance(value, _PLAIN) for value in state):  # until one is set it computes what it did
+        _seen[act] = state, seen
+    return seen
+
+
+def _look_into(act: nn.Module) -> Seen | None:
     number, watching = torch.zeros(1, device="cpu"), _Watching()
     try:
         with _stack.hidden(), torch.no_grad(), watching:
@@ -345,7 +366,8 @@ def _product(entry: _stack.Entry, plan: Plan, kernels: ModuleType, gate_first: b
         ledger.original(row, first)
     never_kept = first.nbytes * len(parts) // 2
     ledger.stored(row, 0 if keeps_first else first.nbytes, never_kept=never_kept)
-    y: Tensor = _Gated.apply(plan, kernels, ledger.step, gate_first, *parts)  # type: ignore[no-untyped-call]
+    with torch._C.DisableTorchFunction():  # or the modes would see each attribute that is read, and each buffer made
+        y: Tensor = _Gated.apply(plan, kernels, ledger.step, gate_first, *parts)  # type: ignore[no-untyped-call]
     return y
 
 

@@ -118,6 +118,12 @@ def hidden() -> Iterator[None]:
         _act(active())
 
 
+def with_modes(function: Callable[..., Any], *args: Any) -> Any:
+    """Call what is the user's, inside of what is ours, where torch's modes are off."""
+    with torch._C._EnableTorchFunction():
+        return function(*args)
+
+
 @contextlib.contextmanager
 def recording(recorder: Any) -> Iterator[None]:
     """Hand what is run as one node on this thread to the recorder of a profile, unless a scope is entered later."""

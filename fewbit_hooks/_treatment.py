@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _fused, _hooks, _one_node, _policy, _recipes, _recompute
+from . import _fused, _hooks, _one_node, _policy, _recipes, _recompute, _stack
 from ._again import run_again
 from ._calls import Call
 from ._dtensor import local_part
@@ -110,7 +110,7 @@ def again(
 ) -> Tensor:
     """Run an activation that is written in primitives so that it keeps its input and is run again: exact."""
     ledger = entry.scope._ledger
-    y: Tensor = run_again(name, ledger, lambda: forward(x), forward, [x], never_kept)
+    y: Tensor = run_again(name, ledger, lambda: _stack.with_modes(forward, x), forward, [x], never_kept)
     if entry.recomputes:
         _recipes.note(y, forward, [x], site=(site, ledger.coming_step) if site is not None else None)
     return y

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import fewbit_hooks as fewbit
 from fewbit_hooks import _built_in, _composites
@@ -74,6 +75,34 @@ def exact() -> fewbit.scope:
 def is_whole(y: Tensor) -> bool:
     """The module was treated as a whole."""
     return treatment(y) != "stock"
+
+
+class Names(TorchFunctionMode):
+    """Another library's mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"exact": True}, {"exclude": Primitive}, {"exact": True, "recompute": True}, {"bits": {"gelu": None}}],
+    ids=str,
+)
+@pytest.mark.parametrize("module", [Primitive, activations.NewGELUActivation])
+def test_a_mode_of_the_users_sees_the_primitives(module: type[nn.Module], settings: dict[str, Any], x: Tensor) -> None:
+    known = {"sin", "exp"} if module is Primitive else {"tanh", "pow"}
+    outer, inner = Names(), Names()
+    with outer, opened(**settings), inner:
+        for _ in range(3):  # what is learned changes how it is run
+            module()(x).sum().backward()
+    assert known <= outer.names
+    assert known <= inner.names
 
 
 def results(module: nn.Module, x: Tensor) -> list[Tensor]:

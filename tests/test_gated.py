@@ -547,6 +547,20 @@ def test_all_else_runs_as_without(name: str) -> None:
         assert module.act_fn.calls == 2
 
 
+def test_an_activation_that_is_changed_is_looked_at_again() -> None:
+    module, x = mlp("gelu"), inputs()
+    module.act_fn = nn.GELU()
+    for approximate in ("none", "tanh", "none"):
+        module.act_fn.approximate = approximate
+        for _ in range(2):
+            ours, stock = gradients(module, x, scope()), gradients(module, x, nullcontext())
+            for mine, expected in zip(ours, stock, strict=True):
+                torch.testing.assert_close(mine, expected, rtol=2e-5, atol=2e-6)
+    module.act_fn.register_forward_hook(lambda m, i, y: None)
+    with scope():
+        assert not is_gated(module(x))
+
+
 def test_a_hook_on_all_modules_sees_the_activation() -> None:
     seen: list[str] = []
     handle = nn.modules.module.register_module_forward_hook(lambda m, i, y: seen.append(type(m).__name__))
