@@ -28,7 +28,7 @@ import operator
 import textwrap
 import weakref
 from collections.abc import Callable
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -282,7 +282,7 @@ Seen: TypeAlias = tuple[Call, Any, tuple[Any, ...], dict[str, Any]]
 """A recognised call, the function and its arguments."""
 
 _seen: weakref.WeakKeyDictionary[nn.Module, tuple[list[Any], Seen | None]] = weakref.WeakKeyDictionary()
-_PLAIN = (int, float, str, type(None), FunctionType, BuiltinFunctionType, MethodType)
+_PLAIN = (int, float, str, type(None), FunctionType, BuiltinFunctionType)  # what does not refer to the module
 
 
 def _seen_in(act: Any) -> Seen | None:
