@@ -15,6 +15,9 @@ from ._errors import FewbitTypeError
 Rule: TypeAlias = str | type[nn.Module] | Callable[[nn.Module], bool]
 Chain: TypeAlias = tuple[_modules.ModuleRef, ...]
 
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""What torch.compile, FSDP and checkpoint wrappers call the module that they wrap."""
+
 CALLERS = 256
 """From so many places one module's calls are remembered: some models are built anew around parts that stay."""
 
@@ -22,8 +25,9 @@ CALLERS = 256
 class Exclusion:
     """Rules that name modules: glob patterns of `model.named_modules()`'s names, classes, predicates.
 
-    A module that a rule names is left alone with all that is inside it. What was found for a module, called
-    from the modules around it, is remembered as long as the module lives.
+    A module that a rule names is left alone with all that is inside it. A name counts with those of torch's wrappers
+    and without: `encoder.0` is that of `module.encoder.0`, too, where DistributedDataParallel is around the model. What
+    was found for a module, called from the modules around it, is remembered as long as the module lives.
 
     Args:
         rules: one rule, or several.
@@ -41,6 +45,7 @@ class Exclusion:
                     f"exclude takes names of modules (glob patterns), nn.Module classes and predicates, got {rule!r}"
                 )
         self._found: weakref.WeakKeyDictionary[nn.Module, dict[Chain, bool]] = weakref.WeakKeyDictionary()
+        self._models: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # from which names were told
 
     def here(self) -> bool:
         """Whether a rule names a module whose forward is running."""
@@ -54,8 +59,19 @@ class Exclusion:
                 found.clear()
             # a container that is never called itself, an nn.ModuleList say, is named by its contents' names
             names = {parent for name in _names(chain) for parent in _parents(name)}
+            self._models.add(chain[-1])
             found[key] = any(_matches(rule, chain, names) for rule in self.rules)
         return found[key]
+
+    def misses(self) -> list[str]:
+        """The names of modules that no model has that was seen so far."""
+        models = list(self._models)
+        rules = [rule for rule in self.rules if isinstance(rule, str)] if models else []
+        return [r for r in rules if not any(fnmatch.filter(_all_names(model), r) for model in models)]
+
+    def models(self) -> list[str]:
+        """The classes of those models."""
+        return sorted({type(model).__name__ for model in self._models})
 
     def __getstate__(self) -> dict[str, Any]:
         return {"rules": self.rules}
@@ -68,13 +84,30 @@ def _names(chain: list[nn.Module]) -> Iterator[str]:
     """The names of modules, each inside the next, as the last one gives them. Of several names of one module those
     count that lie inside the name of a module around it."""
     names: dict[int, list[str]] = {}
-    for name, module in chain[-1].named_modules(remove_duplicate=False):
+    for name, module in _named(chain[-1]):
         names.setdefault(id(module), []).append(name)
     around = [""]
     for module in reversed(chain):
         mine = names.get(id(module), [])
         around = [n for n in mine if any(f"{n}.".startswith(f"{a}." if a else "") for a in around)] or mine or around
         yield from around
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of a model with each of their names, those that they have without wrappers among them."""
+    wrapped: set[str] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        yield name, module
+        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            wrapped.add(f"{name}.module".lstrip("."))
+        parts = [path.rpartition(".")[2] for path in _parents(name) if path not in wrapped]
+        bare = ".".join(part for part in parts if part not in WRAPPERS)
+        if bare != name:
+            yield bare, module
+
+
+def _all_names(model: nn.Module) -> list[str]:
+    return [name for name, _ in _named(model)]
 
 
 def _parents(name: str) -> list[str]:

@@ -118,7 +118,7 @@ class scope:
         self._settings = _policy.check_settings(bits, min_bytes, exclude, exact, recompute, engine, codebooks)
         self._ledger = Ledger()
         self._sites = Sites()
-        self._warned = False
+        self._warned = self._looked_at_names = False
 
     def __repr__(self) -> str:
         settings, default = self._settings, _policy.Settings()
@@ -145,6 +145,7 @@ class scope:
         self._leave(mine[-1])
         if kind is None and not mine[-1].inert:
             self._warn_if_nothing_was_compressed()
+            self._warn_of_names_that_no_module_has()
 
     def _enter(self, *, enabled: bool) -> _stack.Entry:
         entry = _stack.Entry(self, inert=_policy.disabled(), enabled=enabled)
@@ -266,6 +267,19 @@ class scope:
         )
         warnings.warn(f"fewbit_hooks.scope compressed nothing: {why}.", FewbitWarning, stacklevel=3)
 
+    def _warn_of_names_that_no_module_has(self) -> None:
+        exclude = self._settings.exclude
+        if self._looked_at_names or not exclude.models():
+            return
+        self._looked_at_names = True
+        for name in exclude.misses():
+            warnings.warn(
+                f"exclude={name!r} names no module of {', '.join(exclude.models())}. Names are those that "
+                "`named_modules()` of the outermost module that is called gives, or glob patterns of them.",
+                FewbitWarning,
+                stacklevel=3,
+            )
+
     # A copy or an unpickled scope has the settings, and books of its own.
     def __getstate__(self) -> dict[str, Any]:
         return {"_settings": self._settings}
@@ -274,7 +288,7 @@ class scope:
         self.__dict__.update(state)
         self._ledger = Ledger()
         self._sites = Sites()
-        self._warned = False
+        self._warned = self._looked_at_names = False
 
 
 class _Mode(TorchFunctionMode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -16,6 +17,24 @@ from fewbit_hooks import _policy
 
 def outcome(memory: fewbit.scope) -> dict[str, tuple[int | None, str]]:
     return {row.activation: (row.bits, row.reason if row.bits is None else "") for row in memory.report().rows}
+
+
+class Chain(nn.Module):
+    """One of the parts after the other."""
+
+    def __init__(self, parts: nn.ModuleDict) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.children():
+            x = part(x)
+        return x
+
+
+def wrapped(name: str, net: nn.Module) -> nn.Module:
+    return Chain(nn.ModuleDict({name: net}))
 
 
 def four(x: Tensor) -> list[Tensor]:
@@ -173,11 +192,45 @@ class TestExclude:
             ([nn.ModuleDict], set()),
             ([nn.Sequential], {"gelu", "silu"}),
             ([lambda module: isinstance(module, nn.SiLU)], {"silu"}),
-            (["nothing", nn.ReLU], set()),
+            ([nn.ReLU], set()),
         ],
     )
     def test_a_module_and_all_inside_it_are_left_alone(self, model: nn.Module, exclude: object, kept: set[str]) -> None:
         assert self.kept(model, exclude) == kept
+
+    def test_a_name_that_no_module_has_is_warned_of_once(self, model: nn.Module) -> None:
+        scope = fewbit.scope(bits=3, min_bytes=0, exclude=["1.encodr", "1.head.*", nn.ReLU])
+        net = nn.Sequential(nn.Identity(), Chain(model))
+        train = scope(lambda: net(torch.randn(64, 64)).sum().backward())
+        with pytest.warns(fewbit.FewbitWarning, match=r"exclude='1.encodr' names no module of Sequential"):
+            train()
+        train()  # a second warning would be an error
+
+    def test_where_no_model_was_seen_no_name_is_warned_of(self, x: Tensor) -> None:
+        with fewbit.scope(bits=3, min_bytes=0, exclude="head"):
+            F.gelu(x).sum().backward()
+
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            nn.DataParallel,
+            lambda net: wrapped("_orig_mod", net),
+            lambda net: wrapped("_fsdp_wrapped_module", nn.DataParallel(net)),
+            lambda net: nn.DataParallel(wrapped("_checkpoint_wrapped_module", net)),
+        ],
+        ids=["DataParallel", "compiled", "FSDP", "checkpoint"],
+    )
+    @pytest.mark.parametrize(
+        ("exclude", "kept"), [("encoder", {"gelu"}), ("*.1", {"gelu", "silu"}), ("head.1", {"silu"})]
+    )
+    def test_a_name_is_that_of_the_module_in_a_wrapper(
+        self, model: nn.Module, wrap: Callable[[nn.Module], nn.Module], exclude: str, kept: set[str]
+    ) -> None:
+        net = wrap(Chain(model))
+        with fewbit.scope(bits=3, min_bytes=0, exclude=exclude) as memory:
+            y = F.tanh(net(torch.randn(64, 64)))
+        assert y.requires_grad
+        assert {name for name, (bits, _) in outcome(memory).items() if bits is None} == kept
 
     @pytest.mark.parametrize("exclude", ["encoder", "decoder"])
     def test_a_module_that_several_call_is_left_alone_in_those_that_are(self, exclude: str) -> None:
