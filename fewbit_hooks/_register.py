@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -15,9 +15,37 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from . import _activations
 from ._activations import Activation, pristine
 from ._calls import Call, register_call
+from ._catalog import WeightLike
 from ._errors import FewbitTypeError, FewbitValueError
 
+F = TypeVar("F", bound=Callable[..., Tensor])
 _registered: set[str] = set()
+
+
+@overload
+def register(
+    function: F,
+    name: str | None = None,
+    *,
+    derivative: Callable[..., Any] | None = None,
+    even: bool = False,
+    jumps: tuple[float, ...] = (),
+    weight: WeightLike = "uniform",
+    interval: tuple[float, float] = (-10.0, 10.0),
+) -> F: ...
+
+
+@overload
+def register(
+    function: None = None,
+    name: str | None = None,
+    *,
+    derivative: Callable[..., Any] | None = None,
+    even: bool = False,
+    jumps: tuple[float, ...] = (),
+    weight: WeightLike = "uniform",
+    interval: tuple[float, float] = (-10.0, 10.0),
+) -> Callable[[F], F]: ...
 
 
 def register(
@@ -27,9 +55,9 @@ def register(
     derivative: Callable[..., Any] | None = None,
     even: bool = False,
     jumps: tuple[float, ...] = (),
-    weight: Any = "uniform",
+    weight: WeightLike = "uniform",
     interval: tuple[float, float] = (-10.0, 10.0),
-) -> Any:
+) -> Callable[..., Any]:
     """Teach the library a smooth pointwise function; returns the function to call in its place. Also a decorator.
 
     >>> import torch, fewbit_hooks as fewbit
