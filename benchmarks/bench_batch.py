@@ -1,6 +1,6 @@
 """The largest batch that fits into a number of bytes, stock and under a scope, by search.
 
-    python benchmarks/bench_batch.py [--quick] [--mib N] [--device cuda] [--csv PATH] [MODEL ...]
+    python benchmarks/bench_batch.py [--quick] [--mib N] [--device cuda] [--dtype bfloat16] [--csv PATH] [MODEL ...]
     python benchmarks/bench_batch.py --paper
 
 The models and the ways to run a step are those of bench_step.py. What has to fit is what is held between forward and
@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from about import about
-from bench_step import LEARN, MODELS, ROWS, ROWS_ON_A_GPU, Runner, Way, available, roberta
+from bench_step import DTYPES, LEARN, MODELS, ROWS, ROWS_ON_A_GPU, Case, Runner, Way, available, roberta, there
 
-COLUMNS = ("model", "row", "budget_bytes", "batch", "of_stock", "bytes", "machine", "versions", "date")
+COLUMNS = ("model", "dtype", "row", "budget_bytes", "batch", "of_stock", "bytes", "machine", "versions", "date")
 PAPER = "11.30 GiB stock, 9.75 GiB at 3 bits (-13.8 %): peak memory on a GPU, optimizer and parameters included"
 """Novikov et al., "Few-Bit Backward", arXiv:2202.00441: RoBERTa-base, MRPC."""
 
@@ -65,27 +65,23 @@ def largest(sized: Sized, budget: int) -> tuple[int, int]:
     return fits, fits_bytes
 
 
-def search(name: str, rows: dict[str, Way], budget: int, device: str) -> list[dict[str, Any]]:
+def search(name: str, rows: dict[str, Way], budget: int, device: str, dtype: str) -> list[dict[str, Any]]:
     """The rows of a model."""
     torch.manual_seed(0)
-    model, batch = MODELS[name].build()
-    model.train().to(device)
-    batch = {key: t.to(device) for key, t in batch.items()}
+    model, batch = there(MODELS[name], device, DTYPES[dtype])
     table: list[dict[str, Any]] = []
     for row, way in rows.items():
         found, needed = largest(Sized(way, model, batch), budget)
         of_stock = found / table[0]["batch"] if table and table[0]["batch"] else 1.0
-        table.append({"model": name, "row": row, "budget_bytes": budget, "batch": found, "bytes": needed})
-        table[-1]["of_stock"] = round(of_stock, 3)
+        figures = {"budget_bytes": budget, "batch": found, "of_stock": round(of_stock, 3), "bytes": needed}
+        table.append({"model": name, "dtype": dtype, "row": row} | figures)
         print(f"{name:<21} {row:<33} {found:>6}  {of_stock:>8.2f}  {needed / 2**20:>9.1f}", flush=True)
     return table
 
 
 def paper(device: str) -> None:
     """RoBERTa-base, 128 x 128 tokens, beside the paper's figures."""
-    model, batch = roberta(12, 768, 2, 128)
-    model.train().to(device)
-    batch = {name: t.to(device) for name, t in batch.items()}
+    model, batch = there(Case(lambda: roberta(12, 768, 2, 128), 1), device, torch.float32)
     print(f"the paper's library: {PAPER}")
     stock = 0
     for name in ("stock", "scope(bits=3)", "scope(exact=True, recompute=True)", "scope(bits=3, recompute=True)"):
@@ -100,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="launch-bound alone, and a budget of 16 MiB")
     parser.add_argument("--mib", type=int, default=256, metavar="N", help="the budget (default: 256)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the parameters (default: float32)")
     parser.add_argument("--paper", action="store_true", help="the paper's setting, and nothing else")
     parser.add_argument("--csv", metavar="PATH", help="write the table there too")
     arguments = parser.parse_args(argv)
@@ -117,7 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.device != "cpu":
         rows |= ROWS_ON_A_GPU
     print(f"{'model':<21} {'row':<33} {'batch':>6}  {'of stock':>8}  {'MiB':>9}")
-    table = [row for name in arguments.models or names for row in search(name, rows, budget, arguments.device)]
+    table = []
+    for name in arguments.models or names:
+        table += search(name, rows, budget, arguments.device, arguments.dtype)
     if arguments.csv:
         with open(arguments.csv, "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

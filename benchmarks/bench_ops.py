@@ -8,7 +8,8 @@ figures are medians. Runs on the first CUDA device where there is one, else on t
     hooks, fused      the operation under `scope(engine=...)`, forward and backward; `ratio` is to stock's
     torch, numba,     the coding alone, encode and decode, by each backend that works there; `ratio` is to the
     triton            operation's own forward and backward in stock PyTorch
-    kernels           the fused engine's two kernels without autograd: forward with codes, and grad times level
+    kernels           the fused engine's two kernels without autograd: forward with codes, or the one bit beside a kept
+                      output; and grad times level, or times f'
 
 `gelu, kept` is a gelu whose output another node keeps (one bit beside it), `dropout` its mask, `silu, gated` the
 product of silu and another tensor. `bytes` are those that must be read and written, an element, and `bw` is what
@@ -157,6 +158,11 @@ def codings(op: str, bits: int, x: Tensor, grad: Tensor) -> Iterator[Way]:
             encode = functools.partial((kernels or _torch).encode, x, 1, inverse.side)
             decode = functools.partial((kernels or _beside).decode_beside, output, packed, table, layout)
             yield Way(name, encode, decode, size + code, 2 * size + code)
+        if found.kernels is not None and hasattr(found.kernels, "multiply_beside"):
+            encode = functools.partial(found.kernels.encode, x, 1, inverse.side)
+            slopes = inverse.slopes(x.dtype, ops.multiplied_in(x.dtype, x.device), x.device)
+            multiply = functools.partial(ops.multiply_beside, grad, output, packed, slopes, layout)
+            yield Way("kernels", encode, multiply, size + code, 3 * size + code)
     elif op == GATED and (gated := ops.gated_backend(x.device).kernels) is not None:
         none = torch.zeros(1, device=x.device)
         forward = functools.partial(gated.forward, "silu", none, x, grad)

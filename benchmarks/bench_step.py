@@ -1,15 +1,16 @@
 """What a training step costs under a scope: its time and the bytes held for backward, as ratios to stock PyTorch.
 
-    python benchmarks/bench_step.py [--quick] [--threads N] [--device cuda] [--rows TEXT] [--csv PATH] [MODEL ...]
+    python benchmarks/bench_step.py [--quick] [--threads N] [--device cuda] [--dtype bfloat16] [--rows TEXT]
+                                    [--csv PATH] [MODEL ...]
 
-Models come from their configurations, with random weights, in training mode and float32. A step is forward and
-backward. The scope is used again and again, as in a training loop, and has learned before anything is measured. The
-ways to run a step share one process and take turns, in a random order; each step is compared with the stock step
-of its own round. `time` is the median of these ratios, with the quartiles: `stock again` says what 1.00 looks like on
-this machine. `cpu` is the same for processor time, which other processes disturb less. `held` counts the storages that
-are alive between forward and backward, beside parameters, buffers and the batch; in a compiled graph, those that it
-keeps. On a GPU `peak` is what a step allocates at most, beside what was there before. Compiled rows draw their random
-numbers as eager ones do, so that gradients can be compared.
+Models come from their configurations, with random weights, in training mode. A step is forward and backward. The
+scope is used again and again, as in a training loop, and has learned before anything is measured. The ways to run a
+step share one process and take turns, in a random order; each step is compared with the stock step of its own round.
+`time` is the median of these ratios, with the quartiles: `stock again` says what 1.00 looks like on this machine. `cpu`
+is the same for processor time, which other processes disturb less. `held` counts the storages that are alive between
+forward and backward, beside parameters, buffers and the batch; in a compiled graph, those that it keeps. On a GPU
+`peak` is what a step allocates at most, beside what was there before. Compiled rows draw their random numbers as eager
+ones do, so that gradients can be compared.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ from about import about
 from held import held_for_backward
 
 FIGURES = ("seconds", "time", "lower", "upper", "cpu", "held_bytes", "held", "gradients", "peak_bytes")
-COLUMNS = ("model", "row", *FIGURES, "machine", "versions", "date")
+COLUMNS = ("model", "dtype", "row", *FIGURES, "machine", "versions", "date")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Of parameters and floating-point inputs."""
 LEARN = 3
 """Steps after which a scope has learned what others keep."""
 
@@ -284,17 +287,24 @@ class Made(TorchDispatchMode):
 
 def difference(gradients: list[Tensor], stock: list[Tensor]) -> float:
     """Relative L2 distance of two gradients."""
-    pairs = list(zip(gradients, stock, strict=True))
+    pairs = [(a.float(), b.float()) for a, b in zip(gradients, stock, strict=True)]
     return float(sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)) ** 0.5
 
 
-def measure(case: Case, rounds: int, rows: dict[str, Way], device: str) -> dict[str, dict[str, float]]:
+def there(case: Case, device: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model, in training mode, and its batch."""
+    model, batch = case.build()
+    batch = {name: t.to(device, dtype if t.is_floating_point() else None) for name, t in batch.items()}
+    return model.train().to(device, dtype), batch
+
+
+def measure(
+    case: Case, rounds: int, rows: dict[str, Way], device: str, dtype: torch.dtype
+) -> dict[str, dict[str, float]]:
     """The figures of a model, by row and column."""
     torch.manual_seed(0)
     torch._dynamo.reset()
-    model, batch = case.build()
-    model.train().to(device)
-    batch = {name: t.to(device) for name, t in batch.items()}
+    model, batch = there(case, device, dtype)
     runners = {name: Runner(way, model, batch) for name, way in rows.items()}
     for name in [name for name in runners if "checkpoint" in name and runners[name].model is model]:
         del runners[name]  # a model that transformers does not checkpoint
@@ -338,6 +348,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch; all of them where not given")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the parameters (default: float32)")
     parser.add_argument("--rows", metavar="TEXT", help="only the first row, and those whose names contain this")
     parser.add_argument("--csv", metavar="PATH", help="write the table there too")
     arguments = parser.parse_args(argv)
@@ -352,6 +363,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     known = about(("numba", "transformers", "peft"))
     print(f"machine  {known['machine']}\nversions {known['versions']}")
+    print(f"dtype    {arguments.dtype}")
     print("time, cpu and held are ratios to stock; gradients: relative distance from stock's\n")
     print(
         "{:<21} {:<33} {:>8}  {:>21}  {:>6}  {:>9}  {:>6}  {:>9}".format(
@@ -363,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in arguments.models or (["launch-bound"] if arguments.quick else available()):
         case = MODELS[name]
         rounds = -(-case.rounds // 20) if arguments.quick else case.rounds
-        for row, f in measure(case, rounds, rows, arguments.device).items():
+        for row, f in measure(case, rounds, rows, arguments.device, DTYPES[arguments.dtype]).items():
             spread = f"{f['time']:.3f} ({f['lower']:.3f}-{f['upper']:.3f})"
             held = f"{f['held_bytes'] / 2**20:>9.2f}  {f['held']:>6.3f}"
             print(
@@ -371,7 +383,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{f['gradients']:>9.1e}",
                 flush=True,
             )
-            table.append((name, row, *(round(f[column], 6) for column in FIGURES), *known.values()))
+            table.append((name, arguments.dtype, row, *(round(f[column], 6) for column in FIGURES), *known.values()))
         if arguments.csv:  # after each model: they take minutes
             with open(arguments.csv, "w", newline="") as file:
                 writer = csv.writer(file, lineterminator="\n")

@@ -23,7 +23,9 @@ python3 -m pytest -q -p no:cacheprovider tests/test_triton.py tests/test_kernels
 python3 -m fewbit_hooks doctor || status=$?
 python3 benchmarks/bench_ops.py --csv "$out/ops-$gpu.csv" || status=$?
 for name in step batch; do # they need transformers
-    python3 "benchmarks/bench_$name.py" --device cuda --csv "$out/$name-$gpu.csv" || status=$?
+    for dtype in bfloat16 float32; do
+        python3 "benchmarks/bench_$name.py" --device cuda --dtype $dtype --csv "$out/$name-$dtype-$gpu.csv" || status=$?
+    done
 done
 python3 benchmarks/bench_batch.py --device cuda --paper || status=$?
 echo "CSVs in $out"

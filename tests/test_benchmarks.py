@@ -55,6 +55,16 @@ def test_of_a_step(tmp_path: Path) -> None:
     assert gradients["compiled"] < 1e-5  # it draws the random numbers that an eager step draws
 
 
+def test_of_a_step_in_bfloat16(tmp_path: Path) -> None:
+    arguments = ["--quick", "--dtype", "bfloat16", "--rows", "exact=True", "--csv", str(tmp_path / "step.csv")]
+    bench_step.main(arguments)
+    table = {row["row"]: row for row in rows_of(tmp_path / "step.csv")}
+    assert {row["dtype"] for row in table.values()} == {"bfloat16"}
+    held = {name: int(row["held_bytes"]) for name, row in table.items()}
+    assert held["scope(exact=True)"] <= held["stock"] < 2 * 2**20  # in float32 2.7 MiB
+    assert all(float(row["gradients"]) == 0 for row in table.values())
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_of_the_largest_batch(tmp_path: Path) -> None:
     bench_batch.main(["--quick", "--csv", str(tmp_path / "batch.csv")])
