@@ -30,7 +30,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import _activations, _compiled, _policy, _recompute, _stack, _treatment
+from . import _activations, _compiled, _policy, _recipes, _recompute, _stack, _treatment
 from ._activations import Activation, Parameter, pristine
 from ._calls import Call
 from ._errors import FewbitTypeError, FewbitValueError
@@ -85,6 +85,10 @@ class Facts:
         if composite.call is None:
             return self.extra + self.keeps_x - 1.0 >= _recompute.GAIN
         return self.extra > 0
+
+    def anchors(self, x: Tensor) -> bool:
+        """Whether it is this input that they save, and no copy of it."""
+        return self.keeps_x and x.is_contiguous()
 
 
 _lock = threading.RLock()
@@ -233,10 +237,14 @@ def _run_in_scope(entry: _stack.Entry, composite: Composite, module: nn.Module, 
     except Keep as keep:
         ledger.passed(composite.name, str(keep), 0)
         return run_it()
-    if not facts.gains(composite):
-        return run_it()
     forward = _Shell(composite, module)
-    return _recompute.again(ledger, composite.name, run_it, forward, x, parameters, facts.extra, facts.keeps_x)
+    if facts.gains(composite):
+        return _recompute.again(ledger, composite.name, run_it, forward, x, parameters, facts.extra, facts.keeps_x)
+    y = run_it()
+    if facts.anchors(x):
+        _recipes.anchor(x)
+        _recipes.note(y, forward, [x, *parameters])
+    return y
 
 
 def _run_activation(
@@ -370,7 +378,13 @@ def _shared(a: Tensor, b: Tensor) -> bool:
 
 def _saves(composite: Composite, module: nn.Module, x: Tensor) -> tuple[float, bool]:
     own = [*parameters_of(module), *module.buffers()]
-    return saves(functools.partial(composite.forward, module), _probe(composite, x), own, autocast=True)
+    probe = _probe(composite, x)
+    saved = functools.partial(saves, functools.partial(composite.forward, module), own=own, autocast=True)
+    extra, keeps_x = saved(probe)
+    if composite.call is not None or probe.dim() > 1:
+        # what does not grow with the input, as Gemma's 1 + weight, is as large as that of the probe alone
+        extra = max(0.0, 2 * saved(torch.cat([probe, probe]))[0] - extra)
+    return extra, keeps_x
 
 
 def _probe(composite: Composite, x: Tensor) -> Tensor:

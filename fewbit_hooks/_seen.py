@@ -117,23 +117,24 @@ class Seen:
         if len(args) + len(kwargs) != 1 or not isinstance(x, Tensor) or not x.requires_grad or _policy.traced():
             return None
         call = composite.call
-        what = self._input(NORM if call is None else ACTIVATION, call or composite, x)
+        what, one_node = self._input(NORM if call is None else ACTIVATION, call or composite, x), True
         if what["reason"] in _treatment.NO_BYTES:
             return None
         if not what["reason"]:
             facts = _composites.look_at(composite, module, x)
-            what["reason"] = facts.reason
-            if not facts.gains(composite) and not facts.reason:
+            what["reason"], one_node = facts.reason, facts.gains(composite)
+            if not (facts.reason or one_node or (call is None and facts.anchors(x))):
                 return None
         if call is None:
             if what["reason"] or (parameters := _composites.own(module)) is None:
                 return None
             what["sources"] = (what["x"], *map(self.ref, parameters))
+            what["keeps"] = what["sources"][:1]
         elif not what["reason"]:
             assert call.activation is not None
             what |= self._plan(call, call.activation.function, (x,), dict(composite.parameters), x)
             what["sources"] = (what["x"],)
-        return {**what, "one_node": True}
+        return {**what, "one_node": one_node}
 
     def _mask_call(
         self, call: MaskCall, function: Any, given: dict[str, Any], y: Tensor | None, kept: Sequence[Saved]

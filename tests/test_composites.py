@@ -27,6 +27,7 @@ from .conftest import held_for_backward, treatment
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 activations = pytest.importorskip("transformers.activations")
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm  # noqa: E402
 from transformers.models.llama.modeling_llama import LlamaRMSNorm  # noqa: E402
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm  # noqa: E402
 from transformers.models.t5.modeling_t5 import T5LayerNorm  # noqa: E402
@@ -42,6 +43,7 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
     "LlamaRMSNorm": lambda: LlamaRMSNorm(32),
     "MistralRMSNorm": lambda: MistralRMSNorm(32),
     "T5LayerNorm": lambda: T5LayerNorm(32),
+    "GemmaRMSNorm": lambda: GemmaRMSNorm(32),
 }
 
 
@@ -162,6 +164,35 @@ def test_a_norm_is_one_node_and_bit_equal(name: str, dtype: torch.dtype) -> None
     with exact():
         assert is_whole(module(x * 1.0))
         assert all_equal(results(module, x), stock)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NORMS)
+def test_what_follows_a_norm_keeps_nothing_and_all_is_counted(name: str, dtype: torch.dtype, frozen: bool) -> None:
+    norm = NORMS[name]()
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    net = nn.Sequential(nn.Linear(32, 32), norm.requires_grad_(not frozen), nn.Linear(32, 32)).to(dtype)
+    x = torch.randn(4096, 32, dtype=dtype)
+    wanted = [p for p in net.parameters() if p.requires_grad]
+
+    def run() -> tuple[int, list[Tensor]]:
+        y = net(x)
+        held = sum(held_for_backward(y, [x, *net.parameters()]).values())
+        return held, list(torch.autograd.grad(y.float().square().sum(), wanted))
+
+    stock, expected = run()
+    with exact() as memory:
+        held, gradients = run()
+    assert all_equal(gradients, expected)
+    one, numbers = (
+        4096 * 32 * dtype.itemsize,
+        (4096 + 32) * 4,
+    )  # the norm's input, and what it keeps of each row and column
+    assert one <= held <= one + numbers
+    # the second layer's input, and what the norm keeps; but not the norm's input, where its node is stock's
+    counted = memory.report().original_bytes
+    assert counted == pytest.approx(stock if held == one else stock - one, abs=numbers)
 
 
 def test_a_norm_is_left_as_it_is_without_recompute(x: Tensor) -> None:

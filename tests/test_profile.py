@@ -385,15 +385,18 @@ class Adapted(nn.Module):
         return self.layer(x) + self.b(self.a(self.dropout(x.to(torch.float32)))).to(x.dtype)
 
 
-def test_adapters_on_a_frozen_model_are_predicted() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_on_a_frozen_model_are_predicted(dtype: torch.dtype) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
-    model = tiny_models.llama("sdpa")[0].bfloat16().requires_grad_(False).train()
+    model = tiny_models.llama("sdpa")[0].to(dtype).requires_grad_(False).train()
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if type(layer) is nn.Linear and name.endswith("_proj"):
                 setattr(parent, name, Adapted(layer))
-    batch = tiny_models.tiny("llama", "sdpa", torch.bfloat16)[1]
+    batch = tiny_models.tiny("llama", "sdpa", dtype)[1]
     profile = check_predictions(model, lambda: tiny_models.loss_of(model, batch))
+    if dtype == torch.float32:
+        return
     # the adapters' inputs, in float32, were the most of it
     assert profile.predictions[-1].held_bytes < 0.5 * profile.nbytes
 
