@@ -58,24 +58,32 @@ def close(a: Tensor, b: Tensor) -> bool:
 
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["gelu", "tanh"])  # folded, too
+@pytest.mark.parametrize("name", ["gelu", "tanh", "hardswish"])  # one is folded, one jumps
 def test_the_codes_are_those_of_the_reference(bits: int, dtype: torch.dtype, name: str) -> None:
     book = fewbit.codebook(name, bits)
     boundaries = torch.tensor(book.boundaries).to(dtype)
     x = torch.cat([torch.linspace(-9, 9, 983).to(dtype), boundaries, -boundaries, torch.tensor([torch.inf, torch.nan])])
     codes = _compiled.encode(x, tuple(book.boundaries.tolist()), book.folded)
-    expected = ops.encode(x, bits, ops.Thresholds(book.boundaries, book.folded))
-    packed = _compiled.pack_bits(codes, bits)
-    assert packed.dtype == torch.uint8
-    assert torch.equal(packed.view(-1)[: len(expected)], expected)
-    assert torch.equal(_compiled.unpack_bits(packed, bits, len(x)), codes.to(torch.int32))
+    packed = ops.encode(x, bits, ops.Thresholds(book.boundaries, book.folded))
+    assert torch.equal(codes, ops.unpack_bits(packed, bits, len(x)).to(torch.int32))
 
 
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 1023])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_packing_is_undone_at_every_length(bits: int, n: int) -> None:
-    codes = torch.randint(0, 1 << bits, (n,)).to(torch.uint8)
-    assert torch.equal(_compiled.unpack_bits(_compiled.pack_bits(codes, bits), bits, n), codes.to(torch.int32))
+    codes = torch.randint(0, 1 << bits, (n,), dtype=torch.int32)
+    packed = _compiled.pack_bits(codes, bits)
+    assert [(column.dtype, len(column)) for column in packed] == [(torch.uint8, -(-n // 8))] * bits
+    assert torch.equal(torch.cat(_compiled.unpack_bits(packed, bits))[:n], codes)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (5,), (4, 2, 3)])
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_a_product_has_the_shape_of_the_gradient(bits: int, shape: tuple[int, ...]) -> None:
+    levels = tuple(torch.randn(1 << bits).tolist())
+    codes, grad = torch.randint(0, 1 << bits, shape, dtype=torch.int32), torch.randn(shape)
+    product = _compiled.multiply(grad, _compiled.pack_bits(codes, bits), bits, levels)
+    assert torch.equal(product, grad * torch.tensor(levels)[codes.flatten()].view(shape))
 
 
 @pytest.mark.parametrize("bits", [2, 6])
@@ -103,7 +111,7 @@ def test_the_compiled_graph_keeps_the_codes_in_the_place_of_the_activation(backe
     compiled, x = torch.compile(mlp(), backend=backend, fullgraph=True), torch.randn(32, 16)
     with scope(bits):
         y = compiled(x)
-    assert ((32 * 64 // 8, bits), torch.uint8) in saved(y)
+    assert saved(y).count(((32 * 64 // 8,), torch.uint8)) == bits
     assert ((32, 64), torch.float32) not in saved(y)
     assert ((32, 64), torch.float32) in saved(compiled(x))  # outside
 
@@ -239,7 +247,62 @@ def test_a_composite_is_coded_as_a_whole(backend: str) -> None:
     assert close(gradient(net, compiled, x, scope(exact=True)), gradient(net, net, x))
     with scope():
         y = compiled(x)
-    assert ((32 * 64 // 8, 3), torch.uint8) in saved(y)
+    assert saved(y).count(((32 * 64 // 8,), torch.uint8)) == 3
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("bits", [5, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_more_bits_are_looked_up_in_the_graph(dtype: torch.dtype, bits: int, backend: str) -> None:
+    x = torch.linspace(-9, 9, 1003).to(dtype).requires_grad_()
+    with scope(bits):
+        y = torch.compile(lambda x: F.gelu(x) + 1.0, backend=backend, fullgraph=True)(x)
+    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    expected = fewbit.codebook("gelu", bits).derivative(x.detach())
+    torch.testing.assert_close(grad, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("bits", [3, 8])
+def test_a_number_is_coded(bits: int, backend: str) -> None:
+    x = torch.tensor(0.7, requires_grad=True)
+    with scope(bits):
+        y = torch.compile(lambda x: F.gelu(x) * 2.0, backend=backend)(x)
+    (grad,) = torch.autograd.grad(y, x)
+    torch.testing.assert_close(grad, 2 * fewbit.codebook("gelu", bits).derivative(x.detach()))
+
+
+def _net(x: Tensor) -> Tensor:
+    return F.gelu(F.gelu(x * 1.3) @ torch.linspace(-1, 1, 64, dtype=x.dtype).view(8, 8)).sum()
+
+
+TRANSFORMED: dict[str, Callable[[Tensor], Tensor]] = {
+    "grad": torch.func.grad(_net),
+    "grad of grad": torch.func.grad(lambda x: torch.func.grad(_net)(x).square().sum()),
+    "vmap of grad": torch.func.vmap(torch.func.grad(_net)),
+    "vjp of grad": lambda x: torch.func.vjp(torch.func.grad(_net), x)[1](torch.ones_like(x))[0],
+    "jacrev": torch.func.jacrev(lambda x: F.gelu(x)),
+}
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_a_transform_inside_a_compiled_function_is_stocks(name: str, backend: str) -> None:
+    x = torch.randn(4, 8, dtype=torch.float64)
+    with scope():
+        found = torch.compile(TRANSFORMED[name], backend=backend)(x)
+    torch.testing.assert_close(found, TRANSFORMED[name](x))
+
+
+def test_a_loss_of_a_derivative_that_is_compiled_is_stocks() -> None:
+    x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+
+    def loss(x: Tensor) -> Tensor:
+        return torch.func.grad(_net)(x).square().mean()
+
+    with scope():
+        (found,) = torch.autograd.grad(torch.compile(loss, backend="inductor")(x), x)
+    torch.testing.assert_close(found, torch.autograd.grad(loss(x), x)[0])
 
 
 def test_checkpoint_inside_a_compiled_function_is_correct() -> None:
