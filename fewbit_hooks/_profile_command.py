@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,13 @@ def add_parser(commands: Any) -> None:
         "model and a batch",
     )
     add("--batch", type=_positive, default=2, metavar="N", help="default: 2")
-    add("--length", type=_positive, default=512, metavar="N", help="tokens. Default: 512, or the most that it takes")
+    add(
+        "--length",
+        type=_positive,
+        default=512,
+        metavar="N",
+        help="tokens, or frames of sound. Default: 512, or all it takes",
+    )
     add("--image", type=_positive, metavar="N", help="pixels a side. Default: the model's own")
     add("--layers", type=_positive, metavar="N", help="fewer layers than the model has, which suffice to see its kind")
     add("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
@@ -46,14 +53,18 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Build the model, profile it, print."""
     from ._profile import profile
-    from ._profile_models import Sizes, build
+    from ._profile_inputs import Sizes
+    from ._profile_models import build, explained
 
     sizes = Sizes(options.batch, options.length, options.image, options.layers, DTYPES[options.dtype])
     model, batch = build(options.name, sizes)
     if options.device != "cpu" and hasattr(model, "to"):
         model, batch = model.to(options.device), _to(batch, options.device)
     given = (model, batch) if batch is not None else (model,)
-    result = profile(*given, bits=options.bits, recompute=options.recompute)
+    # a function's model is its author's, who needs the traceback
+    told = contextlib.nullcontext() if ":" in options.name else explained(*_failure(options, model, batch))
+    with told:
+        result = profile(*given, bits=options.bits, recompute=options.recompute)
     if options.plot:
         result.plot(options.plot)
     if options.json:
@@ -61,6 +72,14 @@ def run(options: argparse.Namespace) -> int:
     else:
         print(result.to_markdown() if options.markdown else result)
     return 0
+
+
+def _failure(options: argparse.Namespace, model: Any, batch: Any) -> tuple[str, str, str]:
+    """What to say if the model's forward raises."""
+    from ._profile_inputs import FROM_PYTHON, describe
+
+    what = f"the forward of {type(model).__name__}, given {describe(batch)}, raised"
+    return options.name, what, f"--length, --image and --dtype give it others; or {FROM_PYTHON}"
 
 
 def _picture(text: str) -> Path:
