@@ -61,9 +61,8 @@ def run(options: argparse.Namespace) -> int:
     if options.device != "cpu" and hasattr(model, "to"):
         model, batch = model.to(options.device), _to(batch, options.device)
     given = (model, batch) if batch is not None else (model,)
-    # a function's model is its author's, who needs the traceback
-    told = contextlib.nullcontext() if ":" in options.name else explained(*_failure(options, model, batch))
-    with told:
+    given_by_us = ":" not in options.name  # a function's model is its author's, who needs the traceback
+    with explained(*_failure(options, model, batch)) if given_by_us else contextlib.nullcontext():
         result = profile(*given, bits=options.bits, recompute=options.recompute)
     if options.plot:
         result.plot(options.plot)
@@ -71,15 +70,24 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(result.to_dict(), indent=2))
     else:
         print(result.to_markdown() if options.markdown else result)
+        if given_by_us:
+            print(f"\n{_what_ran(model, batch)}" if options.markdown else _what_ran(model, batch))
     return 0
 
 
 def _failure(options: argparse.Namespace, model: Any, batch: Any) -> tuple[str, str, str]:
     """What to say if the model's forward raises."""
-    from ._profile_inputs import FROM_PYTHON, describe
+    from ._profile_inputs import FROM_PYTHON
 
-    what = f"the forward of {type(model).__name__}, given {describe(batch)}, raised"
+    what = f"the forward of {_what_ran(model, batch)}, raised"
     return options.name, what, f"--length, --image and --dtype give it others; or {FROM_PYTHON}"
+
+
+def _what_ran(model: Any, batch: Any) -> str:
+    """`BertForSequenceClassification, given input_ids 2 x 512, labels 2`."""
+    from ._profile_inputs import describe
+
+    return f"{type(model).__name__}, given {describe(batch)}"
 
 
 def _picture(text: str) -> Path:

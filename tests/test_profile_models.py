@@ -85,6 +85,14 @@ def named(monkeypatch: pytest.MonkeyPatch, model_type: str, settings: dict[str, 
     return ["profile", "tiny", "--length", "16"]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_text_ends_with_what_ran(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    ran = "BertForSequenceClassification, given input_ids 2 x 16, labels 2"
+    for form in [], ["--markdown"]:
+        assert main([*named(monkeypatch, "bert", TEXT), *form]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == ran
+
+
 @pytest.mark.parametrize(
     ("model_type", "settings", "said"),
     [
