@@ -74,6 +74,8 @@ ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_
 and they would dwarf the rest of the table."""
 LAYER_DROPOUT = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 """Set to 0: with it, each run lacks other layers."""
+VOCABULARY = 32
+"""Where the configuration leaves it open: as many as wav2vec 2.0 has letters and signs."""
 INSTALL = "pip install transformers"
 
 
@@ -162,6 +164,8 @@ def _set(config: Any, sizes: Sizes) -> None:
     for name in (*ATTENTION_DROPOUT, *LAYER_DROPOUT):
         if hasattr(config, name):
             setattr(config, name, 0.0)
+    if getattr(config, "vocab_size", 0) is None:  # as many as a tokenizer has; the model's is not fetched
+        config.vocab_size = VOCABULARY
     if config.is_encoder_decoder:  # targets are shifted by one token, and padded
         if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = 0

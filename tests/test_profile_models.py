@@ -44,6 +44,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("wav2vec2", SOUND, "input_values 2 x 128"),
     ("hubert", SOUND, "input_values 2 x 128"),
     ("speecht5", {**BOTH, **SOUND}, "input_values 2 x 128, labels 2 x 16"),
+    ("wav2vec2-bert", SIZES, "input_features 2 x 16 x 160"),
     ("encodec", CODEC, "input_values 2 x 1 x 128"),
     ("audio-spectrogram-transformer", SPECTROGRAM, "input_values 2 x 32 x 16, labels 2"),
     ("speech_to_text", BOTH, "input_features 2 x 16 x 80, labels 2 x 16"),
