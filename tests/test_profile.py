@@ -519,6 +519,17 @@ class DropsAGraph(nn.Module):
         return self.last(x) * self.codes(self.act(2 * x)).argmax(dim=1, keepdim=True)
 
 
+class CopiesATranspose(nn.Module):
+    """A convolution keeps its padded input, which is the activation's output with two dimensions exchanged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.last = nn.SiLU(), nn.Conv1d(64, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.pad(self.act(x).T, (2, 0)))
+
+
 PARTS = [
     OneActivationTwice,
     ChangesTheOutput,
@@ -528,6 +539,7 @@ PARTS = [
     SkipConnection,
     MakesItsActivation,
     DropsAGraph,
+    CopiesATranspose,
 ]
 
 
