@@ -166,11 +166,10 @@ def _set(config: Any, sizes: Sizes) -> None:
             setattr(config, name, 0.0)
     if getattr(config, "vocab_size", 0) is None:  # as many as a tokenizer has; the model's is not fetched
         config.vocab_size = VOCABULARY
-    if config.is_encoder_decoder:  # targets are shifted by one token, and padded
-        if getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = 0
-        if getattr(config, "decoder_start_token_id", None) is None:
-            config.decoder_start_token_id = config.pad_token_id
+    if getattr(config, "pad_token_id", None) is None:  # some ask for it, though nothing is padded here
+        config.pad_token_id = 0
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = config.pad_token_id
     vision = getattr(config, "vision_config", config)
     if sizes.image is not None and hasattr(vision, "image_size"):
         vision.image_size = sizes.image

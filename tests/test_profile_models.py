@@ -54,6 +54,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("t5", {**BOTH, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}, "input_ids 2 x 16, labels 2 x 16"),
     ("roberta", {**TEXT, "max_position_embeddings": 12}, "input_ids 2 x 10, labels 2"),
     ("detr", {**BOTH, "backbone_config": {**RESNET, "out_features": ["stage2"]}}, "pixel_values 2 x 3 x 224 x 224"),
+    ("esm", {**TEXT, "vocab_size": None, "position_embedding_type": "rotary"}, "input_ids 2 x 16, labels 2"),
     ("chinese_clip", TWO_TOWERS, "input_ids 2 x 16, pixel_values 2 x 3 x 16 x 16"),
     ("videomae", VIDEO, "pixel_values 2 x 4 x 3 x 16 x 16, labels 2"),
     ("siglip_text_model", TEXT, "input_ids 2 x 16"),
