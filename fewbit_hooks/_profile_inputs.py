@@ -81,12 +81,14 @@ def _needed(model: Any, config: Any) -> list[str]:
     """The names of the arguments without which the forward does not run."""
     parameters = inspect.signature(model.forward).parameters.values()
     taken = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    needed = {p.name: None for p in parameters if p.name in taken and p.default is p.empty}
-    needed |= dict.fromkeys(_each(model.main_input_name))
+    needed = [p.name for p in parameters if p.name in taken and p.default is p.empty]
+    main = [name for name in _each(model.main_input_name) if name in taken]
+    needed += [name for name in main if name in _MAKERS]
     if not _has_placeholders(config):
         for modality in _each(model.input_modalities):
-            needed |= dict.fromkeys([name for name in MODALITIES.get(modality, ()) if name in taken][:1])
-    return [name for name in needed if name in taken]
+            needed += [name for name in MODALITIES.get(modality, ()) if name in taken][:1]
+    # of Perceiver's `inputs`, which may be anything, none can be made, but of the tokens that it takes in their place
+    return list(dict.fromkeys(needed or [name for name in taken if name in _MAKERS] or main))
 
 
 def _has_placeholders(config: Any) -> bool:

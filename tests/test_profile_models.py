@@ -37,6 +37,7 @@ VIDEO = {**IMAGE, "num_frames": 4, "tubelet_size": 2, "decoder_hidden_size": 32,
 SPECTROGRAM = {**SIZES, "max_length": 32, "num_mel_bins": 16, "patch_size": 8}
 RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
 TWO_TOWERS = {"text_config": TEXT, "vision_config": IMAGE, "projection_dim": 16}
+LATENTS = {"num_latents": 4, "d_latents": 32, "d_model": 32, "num_self_attends_per_block": 1}
 SAYS_LESS = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64, "vocab_size": 64}
 
 # model type, settings, and the batch, with 2 examples of 16 tokens or frames
@@ -54,6 +55,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("t5", {**BOTH, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}, "input_ids 2 x 16, labels 2 x 16"),
     ("roberta", {**TEXT, "max_position_embeddings": 12}, "input_ids 2 x 10, labels 2"),
     ("detr", {**BOTH, "backbone_config": {**RESNET, "out_features": ["stage2"]}}, "pixel_values 2 x 3 x 224 x 224"),
+    ("perceiver", {**LATENTS, "vocab_size": 64, "max_position_embeddings": 16}, "input_ids 2 x 16, labels 2"),
     ("esm", {**TEXT, "vocab_size": None, "position_embedding_type": "rotary"}, "input_ids 2 x 16, labels 2"),
     ("chinese_clip", TWO_TOWERS, "input_ids 2 x 16, pixel_values 2 x 3 x 16 x 16"),
     ("videomae", VIDEO, "pixel_values 2 x 4 x 3 x 16 x 16, labels 2"),
