@@ -189,8 +189,8 @@ class Step:
         self.hold(self._tensors(operation))
         x, y = operation.x, operation.y
         watch = next((w for w in reversed(self._watches[-RECENT:]) if x is not None and w.y.storage == x.storage), None)
-        if watch is None or x is None or y is None or watch.y.version != x.version:
-            return
+        if watch is None or x is None or y is None or (watch.y.version, watch.y.place) != (x.version, x.place):
+            return  # none of an activation's output, or of what it was changed to, or of a transpose
         watch.copies.append(y)
         if watch.site.verdict is Verdict.COPY and watch.treated is Verdict.OUTPUT:
             self.held.pop(x.storage, None)

@@ -66,12 +66,17 @@ def predict(
     # a leaf that requires grad is kept by its own node, which accumulates the gradient
     leaves = {t.storage for t in saved if t.leaf and t.role == IN and t.operation.kind == ACTIVATION}
     own = leaves.union(own)
-    for site in {o.site for o in operations for o in (o, *o.parts) if o.site is not None}:
+    sites = {o.site for o in operations for o in (o, *o.parts) if o.site is not None}
+    for site in sites:
         site.forget()
         site.output_changes = False
+    # a module that the step makes, Mamba's activation say, is another one in the next step
+    passing = [site for site in sites if site.module() is None]
     played = {o for operation in operations for o in (operation, *operation.parts)}
     strays = [tensor for tensor in saved if tensor.operation not in played]  # of calls that raised
     for number in range(STEPS):
+        for site in passing:
+            site.forget()
         step = Step(kept_by, settings, own, number)
         step.hold(strays)
         for operation in operations:

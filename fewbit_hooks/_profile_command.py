@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,13 @@ def add_parser(commands: Any) -> None:
         "model and a batch",
     )
     add("--batch", type=_positive, default=2, metavar="N", help="default: 2")
-    add("--length", type=_positive, default=512, metavar="N", help="tokens. Default: 512, or the most that it takes")
+    add(
+        "--length",
+        type=_positive,
+        default=512,
+        metavar="N",
+        help="tokens, or frames of sound. Default: 512, or all it takes",
+    )
     add("--image", type=_positive, metavar="N", help="pixels a side. Default: the model's own")
     add("--layers", type=_positive, metavar="N", help="fewer layers than the model has, which suffice to see its kind")
     add("--dtype", choices=DTYPES, default="bfloat16", help="default: bfloat16")
@@ -46,21 +53,41 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Build the model, profile it, print."""
     from ._profile import profile
-    from ._profile_models import Sizes, build
+    from ._profile_inputs import Sizes
+    from ._profile_models import build, explained
 
     sizes = Sizes(options.batch, options.length, options.image, options.layers, DTYPES[options.dtype])
     model, batch = build(options.name, sizes)
     if options.device != "cpu" and hasattr(model, "to"):
         model, batch = model.to(options.device), _to(batch, options.device)
     given = (model, batch) if batch is not None else (model,)
-    result = profile(*given, bits=options.bits, recompute=options.recompute)
+    given_by_us = ":" not in options.name  # a function's model is its author's, who needs the traceback
+    with explained(*_failure(options, model, batch)) if given_by_us else contextlib.nullcontext():
+        result = profile(*given, bits=options.bits, recompute=options.recompute)
     if options.plot:
         result.plot(options.plot)
     if options.json:
         print(json.dumps(result.to_dict(), indent=2))
     else:
         print(result.to_markdown() if options.markdown else result)
+        if given_by_us:
+            print(f"\n{_what_ran(model, batch)}" if options.markdown else _what_ran(model, batch))
     return 0
+
+
+def _failure(options: argparse.Namespace, model: Any, batch: Any) -> tuple[str, str, str]:
+    """What to say if the model's forward raises."""
+    from ._profile_inputs import FROM_PYTHON
+
+    what = f"the forward of {_what_ran(model, batch)}, raised"
+    return options.name, what, f"--length, --image and --dtype give it others; or {FROM_PYTHON}"
+
+
+def _what_ran(model: Any, batch: Any) -> str:
+    """`BertForSequenceClassification, given input_ids 2 x 512, labels 2`."""
+    from ._profile_inputs import describe
+
+    return f"{type(model).__name__}, given {describe(batch)}"
 
 
 def _picture(text: str) -> Path:

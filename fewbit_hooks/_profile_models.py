@@ -7,18 +7,23 @@ sizes, or these are set here. The tasks are those that people fine-tune for.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
+import inspect
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
 from ._errors import FewbitError
+from ._profile_inputs import FROM_PYTHON, Sizes, make_batch
+from ._report import human
 
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "roberta-base": ("roberta", {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}),
@@ -56,6 +61,10 @@ TASKS = (
     "SEQ_TO_SEQ_CAUSAL_LM",
     "CAUSAL_LM",
     "MASKED_LM",
+    "CTC",
+    "AUDIO_CLASSIFICATION",
+    "VIDEO_CLASSIFICATION",
+    "IMAGE_TEXT_TO_TEXT",
     "",  # the model without a head
 )
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers")
@@ -63,18 +72,11 @@ LAYERS_TOO = ("encoder_layers", "decoder_layers")
 ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "attn_dropout")
 """Set to 0: with it, the CPU keeps float32 copies of all attention probabilities, which a GPU's fused kernels do not,
 and they would dwarf the rest of the table."""
+LAYER_DROPOUT = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+"""Set to 0: with it, each run lacks other layers."""
+VOCABULARY = 32
+"""Where the configuration leaves it open: as many as wav2vec 2.0 has letters and signs."""
 INSTALL = "pip install transformers"
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of the batch and the model; None where the model's own is taken."""
-
-    batch: int = 2
-    length: int = 512
-    image: int | None = None
-    layers: int | None = None
-    dtype: torch.dtype = torch.bfloat16
 
 
 def build(name: str, sizes: Sizes) -> tuple[Any, Any]:
@@ -85,7 +87,8 @@ def build(name: str, sizes: Sizes) -> tuple[Any, Any]:
             a function that takes nothing and returns the two.
 
     Raises:
-        FewbitError: there is no such name, or the library that knows it is not installed.
+        FewbitError: there is no such name, the library that knows it is not installed, or it does not build the model
+            from a configuration of defaults.
     """
     if ":" in name:
         return _from_function(name)
@@ -94,7 +97,7 @@ def build(name: str, sizes: Sizes) -> tuple[Any, Any]:
     model_type, settings = PUBLISHED.get(name, (name, {}))
     if configuration_auto is not None and model_type in configuration_auto.CONFIG_MAPPING_NAMES:
         with _quiet():
-            return _from_transformers(configuration_auto.CONFIG_MAPPING[model_type], settings, sizes)
+            return _from_transformers(name, model_type, settings, sizes)
     if name not in PUBLISHED and (timm := _import("timm")) is not None and timm.is_model(name):
         return _from_timm(timm, name, sizes)
     if configuration_auto is None:
@@ -119,23 +122,72 @@ def _from_function(name: str) -> tuple[Any, Any]:
     return made
 
 
-def _from_transformers(config_class: Any, settings: dict[str, Any], sizes: Sizes) -> tuple[nn.Module, dict[str, Any]]:
-    config = config_class(**settings)
-    if sizes.layers is not None:
-        _set_layers(config, sizes.layers)
-    for name in ATTENTION_DROPOUT:
-        if hasattr(config, name):
-            setattr(config, name, 0.0)
-    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
-        config.decoder_start_token_id = config.pad_token_id or 0
-    vision = getattr(config, "vision_config", config)
-    if sizes.image is not None and hasattr(vision, "image_size"):
-        vision.image_size = sizes.image
-    model = _class(config)(config).to(sizes.dtype).train()
+def _from_transformers(
+    name: str, model_type: str, settings: dict[str, Any], sizes: Sizes
+) -> tuple[nn.Module, dict[str, Any]]:
+    with explained(name, "transformers does not build it from a configuration of defaults", FROM_PYTHON):
+        config = _config_class(model_type)(**settings)
+        _set(config, sizes)
+        model_class = _class(config)
+        _check_memory(model_class, config)
+        model = model_class(config).to(sizes.dtype).train()
     for module in model.modules():  # T5 has one rate for all its dropouts
         if type(module).__name__.endswith("Attention") and isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.0
-    return model, _batch(model, config, sizes)
+    with explained(name, f"no batch can be made for {type(model).__name__}", FROM_PYTHON):
+        return model, make_batch(model, config, sizes)
+
+
+def _config_class(model_type: str) -> Any:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[model_type]
+
+
+@contextlib.contextmanager
+def explained(name: str, what: str, now: str) -> Iterator[None]:
+    """An error, in a line: of which model, what went wrong, and what now, which errors of our own say themselves."""
+    try:
+        yield
+    except FewbitError as error:
+        raise FewbitError(f"profile {name}: {error}") from error
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        said = f"{type(error).__name__}: {lines[0].rstrip('.:;')}"
+        raise FewbitError(f"profile {name}: {what}: {said}; {now}") from error
+
+
+def _set(config: Any, sizes: Sizes) -> None:
+    """What of a configuration is not the model type's default."""
+    if sizes.layers is not None:
+        _set_layers(config, sizes.layers)
+    for name in (*ATTENTION_DROPOUT, *LAYER_DROPOUT):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    if getattr(config, "vocab_size", 0) is None:  # as many as a tokenizer has; the model's is not fetched
+        config.vocab_size = VOCABULARY
+    if getattr(config, "pad_token_id", None) is None:  # some ask for it, though nothing is padded here
+        config.pad_token_id = 0
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = config.pad_token_id
+    vision = getattr(config, "vision_config", config)
+    if sizes.image is not None and hasattr(vision, "image_size"):
+        vision.image_size = sizes.image
+
+
+def _check_memory(model_class: Any, config: Any) -> None:
+    """Rather than be killed for it."""
+    try:
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in model_class(copy.deepcopy(config)).parameters())
+    except Exception:  # it reads a number from a tensor, say; anything else it says when it is built
+        return
+    needed, free = parameters * torch.float32.itemsize, psutil.virtual_memory().available
+    if needed > free:
+        raise FewbitError(
+            f"to be built, its {parameters / 1e9:.1f} billion parameters need {human(needed)}, of which {human(free)} "
+            f"are free; --layers 2 builds fewer layers; or {FROM_PYTHON}"
+        )
 
 
 def _class(config: Any) -> Any:
@@ -144,12 +196,37 @@ def _class(config: Any) -> Any:
     name = config.model_type
     if name in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and name in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         return auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]  # encoders of text, T5 apart
-    for task in TASKS:
-        names = getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES" if task else "MODEL_MAPPING_NAMES", {})
-        if name in names:
-            found = getattr(auto, f"MODEL_FOR_{task}_MAPPING" if task else "MODEL_MAPPING")[type(config)]
+    for task in (*TASKS, *_other_tasks(auto)):
+        prefix = f"MODEL_FOR_{task}_" if task else "MODEL_"
+        if name in getattr(auto, f"{prefix}MAPPING_NAMES", {}):
+            found = getattr(auto, f"{prefix}MAPPING")[type(config)]
             return found[0] if isinstance(found, (tuple, list)) else found
-    raise FewbitError(f"transformers has no model class for {name}")
+    return _class_of_a_part(config)
+
+
+def _class_of_a_part(config: Any) -> Any:
+    """Of a type that is no task's, a part of other models': the class beside the configuration that goes by it."""
+    package, _, file = type(config).__module__.rpartition(".")
+    modeling = importlib.import_module(f"{package}.{file.replace('configuration', 'modeling', 1)}")
+    classes = [c for c in vars(modeling).values() if _is_built_of(c, type(config))]
+    if not classes:
+        raise FewbitError(f"transformers has no class for it alone; {FROM_PYTHON}")
+    return next((c for c in classes if c.__name__.endswith("Model")), classes[0])
+
+
+def _is_built_of(value: Any, config_class: type) -> bool:
+    return (
+        inspect.isclass(value)
+        and issubclass(value, nn.Module)
+        and getattr(value, "config_class", None) is config_class
+        and "forward" in vars(value)
+    )
+
+
+def _other_tasks(auto: Any) -> list[str]:
+    """Those in which a model may be whose kind has nothing but a head: ZoeDepth's is DEPTH_ESTIMATION."""
+    found = (re.fullmatch("MODEL_FOR_(.+)_MAPPING", name) for name in vars(auto))
+    return [match[1] for match in found if match]
 
 
 def _set_layers(config: Any, layers: int) -> None:
@@ -162,25 +239,6 @@ def _set_layers(config: Any, layers: int) -> None:
                 found = True
     if not found:
         raise FewbitError(f"--layers: {type(config).__name__} has stages of layers, not a number of them; leave it out")
-
-
-def _batch(model: Any, config: Any, sizes: Sizes) -> dict[str, Any]:
-    text = getattr(config, "text_config", config)
-    vision = getattr(config, "vision_config", config)
-    longest = min(getattr(text, "max_position_embeddings", None) or sizes.length, sizes.length)
-    ids = torch.randint(4, int(getattr(text, "vocab_size", None) or 5), (sizes.batch, longest))
-    image = sizes.image or getattr(vision, "image_size", None) or 224
-    size = (image, image) if isinstance(image, int) else tuple(image)
-    pixels = torch.randn(sizes.batch, getattr(vision, "num_channels", 3), *size, dtype=sizes.dtype)
-    if model.main_input_name == "pixel_values":
-        return {"pixel_values": pixels, "labels": torch.zeros(sizes.batch, dtype=torch.long)}
-    if model.main_input_name == "input_features":
-        frames = 2 * config.max_source_positions
-        features = torch.randn(sizes.batch, config.num_mel_bins, frames, dtype=sizes.dtype)
-        return {"input_features": features, "labels": ids[:, : getattr(config, "max_target_positions", longest)]}
-    if "Classification" in type(model).__name__:
-        return {"input_ids": ids, "labels": torch.zeros(sizes.batch, dtype=torch.long)}
-    return {"input_ids": ids} if model.get_output_embeddings() is None else {"input_ids": ids, "labels": ids}
 
 
 def _import(module: str) -> Any:

@@ -80,6 +80,7 @@ class Recorder(TorchFunctionMode):
         self.others: Counter[str] = Counter()
         self.uncounted: Counter[str] = Counter()
         self.frozen = False
+        self._noted: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._weak: dict[int, StorageWeakRef] = {}  # keeps the address of a storage that is gone from being used again
         self._current: _Current | None = None
         self._within: Operation | None = None
@@ -241,8 +242,12 @@ class Recorder(TorchFunctionMode):
         return int(storage._cdata)
 
     def _note_module(self, module: nn.Module, _: Any) -> None:
-        self.note_own(parameters_of(module, recurse=False))
-        self.note_own(module.buffers(recurse=False))
+        # a parameter may be used without its module's forward: DeBERTa normalises the weight of an Embedding
+        new = module not in self._noted
+        if new:
+            self._noted.update(module.modules())
+        self.note_own(parameters_of(module, recurse=new))
+        self.note_own(module.buffers(recurse=new))
 
 
 def _is_attribute(function: Any) -> bool:

@@ -37,6 +37,7 @@ class Ref(NamedTuple):
         storage, nbytes: the storage that it is in, all of it.
         parameter: it is one of the model's.
         recorded: it is the result of an operation that autograd records.
+        place: its shape, strides and offset, where it lies in its storage.
     """
 
     storage: int
@@ -45,6 +46,7 @@ class Ref(NamedTuple):
     dtype: torch.dtype
     parameter: bool
     recorded: bool
+    place: tuple[torch.Size, tuple[int, ...], int] | None = None
 
 
 @dataclass(eq=False, slots=True)

@@ -64,7 +64,8 @@ class Seen:
         key = self._key(t)
         nbytes = t.untyped_storage().nbytes() if key else 0
         version, parameter = 0 if t.is_inference() else t._version, isinstance(t, nn.Parameter)
-        return Ref(key, nbytes, version, t.dtype, parameter, t.grad_fn is not None)
+        place = (t.shape, t.stride(), int(t.storage_offset())) if key and not t.is_nested else None
+        return Ref(key, nbytes, version, t.dtype, parameter, t.grad_fn is not None, place)
 
     def _activation(
         self, call: Call, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor | None

@@ -185,6 +185,25 @@ def test_a_graph_that_is_dropped_is_not_counted() -> None:
     assert fewbit.profile(twice).nbytes == once.nbytes
 
 
+class NormalisesAWeight(nn.Module):
+    """As DeBERTa does that of its positions: the Embedding's own forward never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.norm = nn.Embedding(128, 64), nn.LayerNorm(64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.positions.weight)
+
+
+def test_a_parameter_whose_module_does_not_run_is_the_models_own() -> None:
+    model, x = NormalisesAWeight(), torch.randn(128, 64)
+    profile = fewbit.profile(lambda: model(x))
+    held = held_for_backward(model(x).mean(), model.parameters())
+    assert profile.nbytes == sum(held.values())
+    assert profile.own_bytes == 4 * (128 * 64 + 2 * 64)
+
+
 def test_a_step_that_calls_backward_is_profiled_up_to_there() -> None:
     model, x = mlp()
     profile = fewbit.profile(lambda: model(x).sum().backward())
@@ -481,10 +500,54 @@ class SkipConnection(nn.Module):
         return self.last(self.norm(y) * x) + y.square().mean()
 
 
+class MakesItsActivation(nn.Module):
+    """Of a module that is another one at each step, a scope learns nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(nn.GELU()(x))
+
+
+class DropsAGraph(nn.Module):
+    """What is made of the activation is only looked at, as codes of a quantizer are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.codes, self.last = nn.GELU(), nn.Linear(64, 8), nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x) * self.codes(self.act(2 * x)).argmax(dim=1, keepdim=True)
+
+
+class CopiesATranspose(nn.Module):
+    """A convolution keeps its padded input, which is the activation's output with two dimensions exchanged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.last = nn.SiLU(), nn.Conv1d(64, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.pad(self.act(x).T, (2, 0)))
+
+
+PARTS = [
+    OneActivationTwice,
+    ChangesTheOutput,
+    Exposes,
+    OwnMask,
+    DropoutBehind,
+    SkipConnection,
+    MakesItsActivation,
+    DropsAGraph,
+    CopiesATranspose,
+]
+
+
 @NOTHING
-@pytest.mark.parametrize(
-    "part", [OneActivationTwice, ChangesTheOutput, Exposes, OwnMask, DropoutBehind, SkipConnection]
-)
+@pytest.mark.parametrize("part", PARTS)
 def test_what_is_shared_changed_or_exposed_is_predicted(part: type[nn.Module]) -> None:
     model, x = nn.Sequential(nn.Linear(64, 64), part()), torch.randn(128, 64)
     check_predictions(model, lambda: model(x).square().mean())
