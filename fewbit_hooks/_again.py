@@ -24,6 +24,7 @@ from ._hooks import Kept, unpack
 from ._ledger import RECOMPUTED, Ledger, Step
 from ._recipes import Geometry, Leaf, anchor
 from ._replay import Autocast, replay
+from ._standins import Saves
 
 Forward = Callable[..., Tensor]
 
@@ -34,22 +35,20 @@ def run_again(
     run: Callable[[], Any],
     forward: Forward,
     arguments: Sequence[Tensor],
-    never_kept: int,
-    keeps_x: bool = True,
+    primitives: Saves,
 ) -> Any:
     """Make a call whose forward is run again in backward.
 
     Args:
         run: the call.
         forward: computes the same from `arguments`: the input, and parameters.
-        never_kept: bytes that it would have saved beside them.
-        keeps_x: it would have saved the input, too.
+        primitives: what it would have saved, beside the parameters.
     """
     x = arguments[0]
     row = ledger.row(name, 0, how=RECOMPUTED)
-    if keeps_x:
+    if primitives.keeps_x:
         ledger.original(row, x)
-    ledger.stored(row, 0 if keeps_x else x.nbytes, never_kept=never_kept)
+    ledger.stored(row, 0 if primitives.keeps_x else x.nbytes, never_kept=primitives.never_kept(x))
     saves = _Saves(name, forward, arguments)
     hook = _PackHook(name, saves, ledger.step)
     try:

@@ -37,7 +37,7 @@ from ._errors import FewbitTypeError, FewbitValueError
 from ._modules import parameters_of
 from ._policy import Keep
 from ._replay import Autocast
-from ._standins import saves
+from ._standins import Saves, saves
 
 OWN_FORWARD = "its instance has a forward of its own"
 OTHER_FUNCTION = "its forward does not compute {}"
@@ -72,23 +72,21 @@ class Facts:
 
     Attributes:
         reason: why it is left alone; empty where it is not.
-        extra: bytes that its primitives save beside the input and the parameters, for each byte of the input.
-        keeps_x: they save the input, too.
+        primitives: what its primitives save, beside the parameters.
     """
 
     reason: str
-    extra: float
-    keeps_x: bool
+    primitives: Saves
 
     def gains(self, composite: Composite) -> bool:
         """Whether less is kept if it is treated as a whole."""
         if composite.call is None:
-            return self.extra + self.keeps_x - 1.0 >= _recompute.GAIN
-        return self.extra > 0
+            return self.primitives.gain >= _recompute.GAIN
+        return self.primitives.extra > 0
 
     def anchors(self, x: Tensor) -> bool:
         """Whether it is this input that they save, and no copy of it."""
-        return self.keeps_x and x.is_contiguous()
+        return self.primitives.keeps_x and x.is_contiguous()
 
 
 _lock = threading.RLock()
@@ -239,7 +237,7 @@ def _run_in_scope(entry: _stack.Entry, composite: Composite, module: nn.Module, 
         return run_it()
     forward = _Shell(composite, module)
     if facts.gains(composite):
-        return _recompute.again(ledger, composite.name, run_it, forward, x, parameters, facts.extra, facts.keeps_x)
+        return _recompute.again(ledger, composite.name, run_it, forward, x, parameters, facts.primitives)
     y = run_it()
     if facts.anchors(x):
         _recipes.anchor(x)
@@ -267,21 +265,20 @@ def _run_activation(
             raise Keep(facts.reason)
         if not facts.gains(composite):
             return run_it()  # a native node, which the mode sees
-        never_kept = int(facts.extra * x.nbytes)
         forward = _Shell(composite, module)
         if settings.exact:
             if entry.hooks is not None:
                 raise Keep(_policy.HOOKS)
             if settings.bits_for(call.name, x, exact=False) is None:
                 raise Keep(f"no bits are given for {call.name}")
-            return _treatment.again(entry, call.name, forward, x, never_kept)
+            return _treatment.again(entry, call.name, forward, x, facts.primitives)
         function = call.activation.function
         plan = _policy.make_plan(settings, call, function, (x,), dict(composite.parameters), x)
     except Keep as keep:
         with _stack.hidden():  # a tanh in it is not the user's, to be coded by itself
             result: Tensor = _treatment.leave(entry, call, str(keep), x, run_it)
         return result
-    return _treatment.as_one_node(entry, plan, x, run_it, forward, never_kept)
+    return _treatment.as_one_node(entry, plan, x, run_it, forward, facts.primitives)
 
 
 def _own(module: nn.Module) -> list[Tensor]:
@@ -326,7 +323,7 @@ def look_at(composite: Composite, module: nn.Module, x: Tensor) -> Facts:
     facts = _known(module, x)
     if facts is None:
         reason = _reason_to_leave(composite, module, x)
-        facts = Facts(reason, 0.0, True) if reason else Facts("", *_saves(composite, module, x))
+        facts = Facts(reason, Saves(0.0, True)) if reason else Facts("", _saves(composite, module, x))
         _facts.setdefault(module, {})[_state(module, x)] = facts
     return facts
 
@@ -376,7 +373,7 @@ def _shared(a: Tensor, b: Tensor) -> bool:
     return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
 
 
-def _saves(composite: Composite, module: nn.Module, x: Tensor) -> tuple[float, bool]:
+def _saves(composite: Composite, module: nn.Module, x: Tensor) -> Saves:
     own = [*parameters_of(module), *module.buffers()]
     probe = _probe(composite, x)
     saved = functools.partial(saves, functools.partial(composite.forward, module), own=own, autocast=True)
@@ -384,7 +381,7 @@ def _saves(composite: Composite, module: nn.Module, x: Tensor) -> tuple[float, b
     if composite.call is not None or probe.dim() > 1:
         # what does not grow with the input, as Gemma's 1 + weight, is as large as that of the probe alone
         extra = max(0.0, 2 * saved(torch.cat([probe, probe]))[0] - extra)
-    return extra, keeps_x
+    return Saves(extra, keeps_x)
 
 
 def _probe(composite: Composite, x: Tensor) -> Tensor:

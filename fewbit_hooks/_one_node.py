@@ -28,14 +28,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import ops
 from ._errors import FewbitError
 from ._hooks import Beside, begin_backward, flagged, nbytes
 from ._inverse import Inverse, Itself
-from ._ledger import CODES, OUTPUT, Ledger
+from ._ledger import CODES, OUTPUT, Ledger, Row
 from ._plan import Plan
 from ._sites import Site, Verdict, Watch
+from ._standins import Saves
 
 
 def serves(plan: Plan, x: Tensor, inverse: Inverse | Itself | None) -> bool:
@@ -62,8 +64,7 @@ class _Call:
     site: Site | None
     inverse: Inverse | None
     fused: Callable[[], tuple[Tensor, Tensor, Tensor | None]] | None
-    in_primitives: bool
-    never_kept: int
+    primitives: Saves | None
 
 
 def run_coded(
@@ -75,8 +76,7 @@ def run_coded(
     inverse: Inverse | None = None,
     *,
     fused: Callable[[], tuple[Tensor, Tensor, Tensor | None]] | None = None,
-    in_primitives: bool = False,
-    never_kept: int = 0,
+    primitives: Saves | None = None,
 ) -> Tensor:
     """Make a call as one node that keeps the codes of its input, or the output and at most a bit.
 
@@ -85,10 +85,9 @@ def run_coded(
         run: the forward.
         site, inverse: as for `_hooks.PackHook`.
         fused: computes, in place of `run`, the result, the codes and a flag, see `Plan.encode`.
-        in_primitives: the forward is not one node of PyTorch's.
-        never_kept: bytes that its primitives would have saved beside the input.
+        primitives: what those of the forward would have saved; None: it is one node of PyTorch's.
     """
-    call = _Call(plan, ledger, run, site, inverse, fused, in_primitives, never_kept)
+    call = _Call(plan, ledger, run, site, inverse, fused, primitives)
     y: Tensor = _Coded.apply(x, call)  # type: ignore[no-untyped-call]
     return y
 
@@ -116,9 +115,8 @@ class _Coded(torch.autograd.Function):
             row = ledger.row(name, inverse.bits, how=OUTPUT, site=call.site)
             ctx.beside = Beside(codes, inverse.slope, layout, layout, name, ledger.step)
             ctx.beside.rely_on(y)
-        saved = y if plan.activation.saves == "output" and not call.in_primitives else x
-        storage = ledger.original(row, saved)
-        ledger.stored(row, nbytes(codes) + nbytes(flag), never_kept=call.never_kept)
+        storage, never_kept = _count_original(row, call, x, y)
+        ledger.stored(row, nbytes(codes) + nbytes(flag), never_kept=never_kept)
         if call.site is not None:
             treated, beside = (Verdict.CODES, []) if inverse is None else (Verdict.OUTPUT, [ctx.beside])
             ledger.watch(Watch(call.site, [storage] if storage is not None else [], y, treated, beside))
@@ -128,6 +126,16 @@ class _Coded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return (_from_codes if ctx.beside is None else _from_output)(ctx, grad), None
+
+
+def _count_original(row: Row, call: _Call, x: Tensor, y: Tensor) -> tuple[StorageWeakRef | None, int]:
+    """What stock would have kept: the storage by which is learned what others keep, and the bytes beside it."""
+    primitives = call.primitives
+    if primitives is None:
+        return call.ledger.original(row, y if call.plan.activation.saves == "output" else x), 0
+    if not primitives.keeps_x:
+        return StorageWeakRef(x.untyped_storage()), primitives.never_kept(x)
+    return call.ledger.original(row, x), primitives.never_kept(x)
 
 
 def _from_codes(ctx: Any, grad: Tensor) -> Tensor:

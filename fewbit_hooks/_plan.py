@@ -21,7 +21,7 @@ from ._activations import Activation, Parameter, pristine
 from ._codebook import Codebook
 from ._errors import FewbitError
 from ._inverse import Inverse, Itself, find_inverse, serves_itself
-from ._standins import Function, all_values, derivative_from, saved_by, saves, standins, standins_16bit
+from ._standins import Function, Saves, all_values, derivative_from, saved_by, saves, standins, standins_16bit
 
 SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 NAN = "holds NaN, where stock's gradient depends on the position"
@@ -60,7 +60,7 @@ class Plan:
         self._coders: dict[tuple[torch.dtype, torch.device], Coder] = {}
         self._rows: dict[tuple[torch.dtype, torch.device], Saved] = {}
         self._levels: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        self._intermediates: float | None = None
+        self._primitives: Saves | None = None
         self._inverse: Inverse | None = None
         self._inverse_sought = False
         self._is_not_a_number: tuple[bool, bool] | None = None
@@ -194,11 +194,11 @@ class Plan:
             self._levels[key] = self._rows_of(self.codebook.levels, dtype, device)
         return self._levels[key]
 
-    def intermediates(self, x: Tensor) -> int:
-        """The bytes that stock autograd would keep for the call beside the input's storage."""
-        if self._intermediates is None:
-            self._intermediates, _ = saves(self.function, torch.zeros(8, dtype=x.dtype, device=x.device))
-        return int(self._intermediates * x.numel() * x.element_size())
+    def primitives(self, x: Tensor) -> Saves:
+        """What stock autograd would keep for the call, which is written in primitives."""
+        if self._primitives is None:
+            self._primitives = saves(self.function, torch.zeros(8, dtype=x.dtype, device=x.device))
+        return self._primitives
 
     def captures(self, x: Tensor) -> bool:
         """Whether the function, a closure say, depends on a tensor beside its input that requires grad."""

@@ -25,7 +25,7 @@ from ._recompute_calls import RecomputeCall
 from ._replay import Autocast
 from ._sites import Site
 from ._stack import Entry
-from ._standins import saves
+from ._standins import Saves, saves
 
 GAIN = 0.25
 """Bytes, for each byte of its input, that a norm must keep less if it is run again: more than a kernel's statistics."""
@@ -106,23 +106,19 @@ class Norm:
     Attributes:
         forward: the call, of the input and the parameters.
         parameters: the tensors beside the input.
-        gain: bytes, for each byte of the input, that it keeps less if it is run again.
-        extra: bytes that it saves beside the input, for each byte of it.
-        keeps_x: it saves the input, too.
-        anchors_x: and that itself, no copy of it.
+        primitives: what it saves, beside the parameters.
+        anchors_x: the input itself, no copy of it.
     """
 
     forward: Callable[..., Tensor]
     parameters: list[Tensor]
-    gain: float
-    extra: float
-    keeps_x: bool
+    primitives: Saves
     anchors_x: bool
 
     @property
     def run_again(self) -> bool:
         """It is run again in backward."""
-        return self.gain >= GAIN
+        return self.primitives.gain >= GAIN
 
 
 def look_at_norm(call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Norm | None:
@@ -143,12 +139,12 @@ def look_at_norm(call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: 
 
     parameters = [given[i] for i in where[1:]]
     try:
-        gain, extra, keeps_x = _facts(call.name, forward, x, parameters, given_without)
+        primitives = _facts(call.name, forward, x, parameters, given_without)
     except (RuntimeError, ValueError, IndexError):
         return None  # what torch says of a small input it says of the call, too, which is made as it is
     # others than layer_norm keep a contiguous copy of what is not
     itself = call.name == "layer_norm" or x.is_contiguous() or x.is_contiguous(memory_format=_LAST[x.dim()])
-    return Norm(forward, parameters, gain, extra, keeps_x, keeps_x and itself)
+    return Norm(forward, parameters, primitives, primitives.keeps_x and itself)
 
 
 def _norm(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -158,7 +154,7 @@ def _norm(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], k
     x: Tensor = args[0]
     if norm.run_again:
         run_it, ledger = functools.partial(func, *args, **kwargs), entry.scope._ledger
-        return again(ledger, call.name, run_it, norm.forward, x, norm.parameters, norm.extra, norm.keeps_x)
+        return again(ledger, call.name, run_it, norm.forward, x, norm.parameters, norm.primitives)
     y = func(*args, **kwargs)
     if norm.anchors_x:
         _recipes.anchor(x)
@@ -188,22 +184,21 @@ def again(
     forward: Callable[..., Tensor],
     x: Tensor,
     parameters: list[Tensor],
-    extra: float,
-    keeps_x: bool,
+    primitives: Saves,
 ) -> Any:
     """Run a norm that is run again in backward, and note what came of it."""
-    y = run_again(name, ledger, run_it, forward, [x, *parameters], int(extra * x.nbytes), keeps_x)
+    y = run_again(name, ledger, run_it, forward, [x, *parameters], primitives)
     _recipes.note(y, forward, [x, *parameters])
     return y
 
 
-_known_facts: dict[Any, tuple[float, float, bool]] = {}
+_known_facts: dict[Any, Saves] = {}
 
 
 def _facts(
     name: str, forward: Callable[..., Tensor], x: Tensor, parameters: Sequence[Tensor], others: list[Any]
-) -> tuple[float, float, bool]:
-    """What a norm that is run again would keep less, what it saves beside its input, and whether it saves that."""
+) -> Saves:
+    """What a norm saves, beside the parameters."""
     normalized = next((value for value in others if isinstance(value, (tuple, list))), ())
     shape = probe_shape(x, channels=name == "group_norm", last=max(1, len(normalized)))
     trainable = x.requires_grad, *(p.requires_grad for p in parameters)
@@ -211,10 +206,10 @@ def _facts(
     key = name, x.dtype, x.device, shape, trainable, dtypes, str(others), Autocast.of(x.device.type)
     if key not in _known_facts:
         probe = torch.zeros(shape, dtype=x.dtype, device=x.device)
-        extra, keeps_x = saves(lambda t: forward(t, *parameters), probe, parameters, autocast=True)
+        primitives = saves(lambda t: forward(t, *parameters), probe, parameters, autocast=True)
         if len(_known_facts) >= _policy.MAX_PLANS:
             _known_facts.clear()
-        _known_facts[key] = extra + keeps_x - 1.0, extra, keeps_x
+        _known_facts[key] = primitives
     return _known_facts[key]
 
 

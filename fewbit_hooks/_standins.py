@@ -18,6 +18,7 @@ tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +28,27 @@ from torch import Tensor
 from ._activations import pristine
 
 Function = Callable[[Tensor], Tensor]
+
+
+class Saves(NamedTuple):
+    """What a call keeps for backward.
+
+    Attributes:
+        extra: bytes in storages other than that of its input, for each byte of the input.
+        keeps_x: that one is kept, too.
+    """
+
+    extra: float
+    keeps_x: bool
+
+    @property
+    def gain(self) -> float:
+        """How much less is kept if the input is, and nothing else; as `extra`."""
+        return self.extra + self.keeps_x - 1.0
+
+    def never_kept(self, x: Tensor) -> int:
+        """The bytes beside `x` that are not kept if the call is made as one node."""
+        return int(self.extra * x.numel() * x.element_size())
 
 
 def saved_by(function: Function, x: Tensor) -> list[Tensor]:
@@ -56,15 +78,12 @@ def derivative_from(function: Function, saved: Sequence[Tensor], like: Tensor) -
     return slope
 
 
-def saves(function: Function, x: Tensor, own: Collection[Tensor] = (), *, autocast: bool = False) -> tuple[float, bool]:
+def saves(function: Function, x: Tensor, own: Collection[Tensor] = (), *, autocast: bool = False) -> Saves:
     """What `function(x)` keeps for backward.
 
     Args:
         own: other tensors that are kept anyway, parameters say.
         autocast: as it is now; else without.
-
-    Returns:
-        The bytes in storages other than that of `x`, for each byte of `x`; and whether that one is kept.
     """
     sizes: dict[int, int] = {}
 
@@ -79,7 +98,7 @@ def saves(function: Function, x: Tensor, own: Collection[Tensor] = (), *, autoca
         sizes.pop(t.untyped_storage()._cdata, None)
     keeps_x = sizes.pop(recorded.untyped_storage()._cdata, None) is not None
     del y
-    return sum(sizes.values()) / x.nbytes, keeps_x
+    return Saves(sum(sizes.values()) / x.nbytes, keeps_x)
 
 
 def _recorded(x: Tensor) -> Tensor:

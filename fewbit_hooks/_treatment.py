@@ -19,6 +19,7 @@ from ._plan import Plan
 from ._policy import Keep
 from ._sites import FROM_OUTPUT, Site, Verdict, Watch
 from ._stack import Entry
+from ._standins import Saves
 
 NO_BYTES = frozenset({_policy.CHECKPOINT, _policy.HOOKS, _policy.TRANSFORM, _policy.FORWARD_AD})
 """Reasons that say that others, and not this call's node, decide what is kept."""
@@ -41,7 +42,7 @@ def run(entry: Entry, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict
     except Keep as keep:
         return leave(entry, call, str(keep), x, run_it)
     if call.one_node is not None:
-        return as_one_node(entry, plan, x, run_it, call.one_node, plan.intermediates(x))
+        return as_one_node(entry, plan, x, run_it, call.one_node, plan.primitives(x))
     return _as_it_is(entry, call, plan, x, run_it)
 
 
@@ -106,11 +107,12 @@ def _has_its_own(x: Tensor, y: Tensor) -> bool:
 
 
 def again(
-    entry: Entry, name: str, forward: Callable[..., Tensor], x: Tensor, never_kept: int, site: Site | None = None
+    entry: Entry, name: str, forward: Callable[..., Tensor], x: Tensor, primitives: Saves, site: Site | None = None
 ) -> Tensor:
     """Run an activation that is written in primitives so that it keeps its input and is run again: exact."""
     ledger = entry.scope._ledger
-    y: Tensor = run_again(name, ledger, lambda: _stack.with_modes(forward, x), forward, [x], never_kept)
+    run = functools.partial(_stack.with_modes, forward, x)
+    y: Tensor = run_again(name, ledger, run, forward, [x], primitives)
     if entry.recomputes:
         _recipes.note(y, forward, [x], site=(site, ledger.coming_step) if site is not None else None)
     return y
@@ -122,20 +124,20 @@ def as_one_node(
     x: Tensor,
     run_it: functools.partial[Tensor],
     forward: Callable[..., Tensor],
-    never_kept: int,
+    primitives: Saves,
 ) -> Tensor:
     """Run an activation that is written in primitives as one node: from codes, from its output, or again."""
     ledger, name = entry.scope._ledger, plan.activation.name
     site, verdict = _site(entry, name, entry.recomputes)
     if verdict in (Verdict.LEAVE, Verdict.INPUT):
-        y = again(entry, name, forward, x, never_kept, site)
+        y = again(entry, name, forward, x, primitives, site)
         _watch_input(ledger, site, verdict, y)
         return y
     inverse = plan.inverse(x) if verdict in FROM_OUTPUT else None
     if inverse is None and plan.reason_to_keep(x):
-        return again(entry, name, forward, x, never_kept, site)
+        return again(entry, name, forward, x, primitives, site)
     assert not isinstance(inverse, Itself)  # that is for activations of two values
-    y = _one_node.run_coded(plan, ledger, x, run_it, site, inverse, in_primitives=True, never_kept=never_kept)
+    y = _one_node.run_coded(plan, ledger, x, run_it, site, inverse, primitives=primitives)
     if entry.recomputes and site is not None:
         _recipes.note(y, forward, [x], site=(site, ledger.coming_step))
     return y

@@ -195,6 +195,27 @@ def test_what_follows_a_norm_keeps_nothing_and_all_is_counted(name: str, dtype: 
     assert counted == pytest.approx(stock if held == one else stock - one, abs=numbers)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"exact": True}, {"exact": True, "recompute": True}], ids=str)
+@pytest.mark.parametrize("name", BUILT_IN_ACTIVATIONS)
+def test_the_report_frees_what_is_held_less(name: str, settings: dict[str, Any], frozen: bool) -> None:
+    net = nn.Sequential(
+        nn.Linear(32, 64), BUILT_IN_ACTIVATIONS[name](), nn.Linear(64, 32).requires_grad_(not frozen)
+    )  # some keep their input, and some not even that
+    x = torch.randn(4096, 32)
+    known = [x, *net.parameters()]
+    stock = sum(held_for_backward(net(x), known).values())
+    memory = opened(**settings)
+    for _ in range(4):  # what is learned changes what is kept
+        with memory:
+            y = net(x)
+        held = sum(held_for_backward(y, known, tables=False).values())
+        report = memory.report()
+        assert report.freed_bytes - report.stored_bytes == pytest.approx(stock - held, abs=64)
+        y.sum().backward()
+        del y
+
+
 def test_a_norm_is_left_as_it_is_without_recompute(x: Tensor) -> None:
     with opened(bits=3):
         assert not is_whole(LlamaRMSNorm(32)(x * 1.0))
