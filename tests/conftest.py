@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import fewbit_hooks as fewbit
 from fewbit_hooks import _again, _compiled, _stack
@@ -42,6 +43,18 @@ def nothing_is_left_open() -> Iterator[None]:
 def mlp() -> nn.Sequential:
     """GELU, the input of which nobody else keeps."""
     return nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 8))
+
+
+class Names(TorchFunctionMode):
+    """Another library's mode: the names of the calls that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
 
 
 def normed(*more: nn.Module) -> nn.Sequential:

@@ -18,12 +18,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 import fewbit_hooks as fewbit
 from fewbit_hooks import _built_in, _composites
 
-from .conftest import held_for_backward, treatment
+from .conftest import Names, held_for_backward, treatment
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 activations = pytest.importorskip("transformers.activations")
@@ -77,18 +76,6 @@ def exact() -> fewbit.scope:
 def is_whole(y: Tensor) -> bool:
     """The module was treated as a whole."""
     return treatment(y) != "stock"
-
-
-class Names(TorchFunctionMode):
-    """Another library's mode."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(getattr(func, "__name__", ""))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(

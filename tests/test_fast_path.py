@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 import fewbit_hooks as fewbit
+
+from .conftest import Names
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fewbit_hooks.scope compressed nothing"),
@@ -75,15 +76,6 @@ def test_the_mode_is_back_after_an_error(x: Tensor) -> None:
 
 
 def test_a_mode_of_the_users_sees_what_it_saw(x: Tensor) -> None:
-    class Names(TorchFunctionMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.names: set[str] = set()
-
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.names.add(getattr(func, "__name__", ""))
-            return func(*args, **(kwargs or {}))
-
     net = encoder()
     with torch.no_grad(), Names() as alone:
         stock = net(x)
