@@ -69,6 +69,9 @@ def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: 
     if x is None:
         return func(*args, **kwargs)
     settings, ledger = entry.scope._settings, entry.scope._ledger
+    if _policy.traced():  # before the size is asked for: that may be a symbol
+        ledger.passed(call.name, _policy.TRACING, 0)
+        return func(*args, **kwargs)
     nbytes = call.mask_bytes(given)
     if nbytes is not None and nbytes < max(settings.min_bytes, 1):  # in models of many small calls most are such
         ledger.passed(call.name, _policy.SMALL if nbytes else _policy.EMPTY, nbytes)
