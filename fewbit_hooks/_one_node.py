@@ -29,7 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import _policy, ops
+from ._around import Receipt
 from ._errors import FewbitError
 from ._hooks import Beside, begin_backward, flagged, nbytes
 from ._inverse import Inverse, Itself
@@ -112,6 +113,8 @@ class _Coded(torch.autograd.Function):
         if inverse is None:
             row = ledger.row(name, plan.bits, how=CODES, site=call.site)
             ctx.save_for_backward(codes)  # others' hooks are handed them
+            around = _policy.innermost_hooks()
+            ctx.receipt = Receipt(codes, around) if around is not None and codes is not None else None
         else:
             row = ledger.row(name, inverse.bits, how=OUTPUT, site=call.site)
             ctx.beside = Beside(codes, inverse.slope, layout, layout, name, ledger.step)
@@ -134,6 +137,8 @@ def _from_codes(ctx: Any, grad: Tensor) -> Tensor:
     plan, layout, flag = ctx.plan, ctx.layout, ctx.flag
     begin_backward(plan.activation.name, ctx.step)
     (codes,) = ctx.saved_tensors
+    if ctx.receipt is not None:
+        codes = ctx.receipt.redeem(codes)
     with torch._C.DisableTorchFunction():
         if _is_like(grad, layout):
             rows = plan.level_rows(ops.multiplied_in(layout.dtype, layout.device), layout.device)
