@@ -23,7 +23,7 @@ from ._errors import FewbitError
 from ._hooks import Kept, unpack
 from ._ledger import RECOMPUTED, Ledger, Step
 from ._recipes import Geometry, Leaf, anchor
-from ._replay import Autocast, replay
+from ._replay import Autocast, replay, untraced, when_backward_ends
 from ._standins import Saves
 
 Forward = Callable[..., Tensor]
@@ -129,9 +129,7 @@ class _Saves:
         with self._lock:
             if number not in self._saved:
                 self._saved = self._run()
-                # what this backward does not ask for is not kept for another
-                if torch._C._current_graph_task_id() != -1:
-                    torch.autograd.Variable._execution_engine.queue_callback(self._forget)
+                when_backward_ends(self._forget)  # what this one does not ask for is not kept for another
             try:
                 return self._saved.pop(number)
             except KeyError:
@@ -158,7 +156,7 @@ class _Saves:
 
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, saved.__getitem__)  # nothing is ever unpacked
         with replay(self._autocast, grad=True), hooks:
-            self._forward(
+            untraced(self._forward)(
                 *(leaf.value().detach().requires_grad_(n) for leaf, n in zip(self.leaves, self._needed, strict=True))
             )
         return saved

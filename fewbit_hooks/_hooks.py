@@ -7,7 +7,8 @@ autograd
    owns the packed object, so that would be a cycle that is never collected (pytorch #115255).
 2. What is kept goes as `detach()` with its version, checked when it is unpacked: a tensor that passes through a hook
    is no longer checked by autograd itself (pytorch #128545).
-3. Where others' hooks lie around the scope (an offloader, a checkpoint), codes and what is kept are packed by theirs.
+3. Where others' hooks lie around the scope (an offloader, a checkpoint), codes and what is kept are packed by theirs;
+   codes only if they come back as they were (`_around.py`).
 4. Nothing of the scope: unpacking works after it has ended, on any thread, twice, in any order.
 
 The pack hook itself lives as long as the node (measured, torch 2.13: the saved variable keeps it), so it lets go of all
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import ops
+from ._around import Hooks, Receipt
 from ._dtensor import PartHook, Whole, detached, is_dtensor, local_part, version_of
 from ._errors import FewbitError, FewbitRuntimeError
 from ._inverse import Inverse, Itself
@@ -34,9 +36,6 @@ from ._sites import Site, Verdict, Watch
 
 Decoder: TypeAlias = Callable[[Tensor, Tensor | None, ops.Layout], Tensor]
 """From the output and the packed bits to a tensor of the layout."""
-
-Hooks: TypeAlias = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
-"""A pack hook and its unpack hook."""
 
 NO_GAIN = "codes would be no smaller than its storage"
 
@@ -53,6 +52,20 @@ class Handed:
     def unpack(self) -> Tensor:
         """The tensor."""
         return self._unpack(self._packed)
+
+
+class HandedCodes(Handed):
+    """What others' hooks made of codes: NOTE [ Hooks that change codes ] in `_around.py`."""
+
+    __slots__ = ("_receipt",)
+
+    def __init__(self, codes: Tensor, hooks: Hooks) -> None:
+        super().__init__(codes, hooks)
+        self._receipt = Receipt(codes, hooks)
+
+    def unpack(self) -> Tensor:
+        """The codes."""
+        return self._receipt.redeem(super().unpack())
 
 
 class Packed:
@@ -285,7 +298,7 @@ class PackHook:
             self._beside.append(Beside(self._codes, decoder, layout, order, name, step))
             return self._beside[-1]
         assert self._codes is not None
-        codes = Handed(self._codes, self._around) if self._around is not None else self._codes
+        codes = HandedCodes(self._codes, self._around) if self._around is not None else self._codes
         return Packed(codes, rows, plan.bits, layout, order, name, step, self._flag)
 
     def finish(self, y: Tensor) -> None:

@@ -38,7 +38,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _policy, _recipes, _recompute, ops
-from ._hooks import NO_GAIN, Handed, Hooks, Kept, keep
+from ._around import Hooks, change_codes
+from ._hooks import NO_GAIN, Handed, HandedCodes, Kept, keep
 from ._ledger import CODES, Ledger, Row, Step
 from ._mask_calls import MaskCall
 from ._policy import Keep
@@ -69,6 +70,9 @@ def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: 
     if x is None:
         return func(*args, **kwargs)
     settings, ledger = entry.scope._settings, entry.scope._ledger
+    if _policy.traced():  # before the size is asked for: that may be a symbol
+        ledger.passed(call.name, _policy.TRACING, 0)
+        return func(*args, **kwargs)
     nbytes = call.mask_bytes(given)
     if nbytes is not None and nbytes < max(settings.min_bytes, 1):  # in models of many small calls most are such
         ledger.passed(call.name, _policy.SMALL if nbytes else _policy.EMPTY, nbytes)
@@ -77,6 +81,9 @@ def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: 
     foreign = next((t for t in tensors if type(t) not in (Tensor, nn.Parameter)), x.detach())
     if reason := _policy.obstacle(foreign, entry.hooks):
         ledger.passed(call.name, reason, 0)
+        return func(*args, **kwargs)
+    if change_codes(entry.around):
+        ledger.passed(call.name, _policy.CHANGED, 0)
         return func(*args, **kwargs)
     look_again()
     try:
@@ -116,7 +123,7 @@ class PackedMask:
 
     def __init__(self, mask: Tensor, codes: Tensor, other: int, step: Step, around: Hooks | None = None) -> None:
         self.nbytes = codes.nbytes
-        self.codes = codes if around is None else Handed(codes, around)
+        self.codes = codes if around is None else HandedCodes(codes, around)
         self.rows = ops.two_value_rows(other, mask.dtype, mask.device)
         self.layout = ops.Layout.of(mask)
         self.step = step

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import ops
+from . import _policy, ops
+from ._around import Receipt
 from ._errors import FewbitError
 from ._hooks import Beside, begin_backward, flagged, nbytes
 from ._inverse import Inverse, Itself
@@ -111,6 +112,8 @@ class _Coded(torch.autograd.Function):
         if inverse is None:
             row = ledger.row(name, plan.bits, how=CODES, site=call.site)
             ctx.save_for_backward(codes)  # others' hooks are handed them
+            around = _policy.innermost_hooks()
+            ctx.receipt = Receipt(codes, around) if around is not None and codes is not None else None
         else:
             row = ledger.row(name, inverse.bits, how=OUTPUT, site=call.site)
             ctx.beside = Beside(codes, inverse.slope, layout, layout, name, ledger.step)
@@ -142,6 +145,8 @@ def _from_codes(ctx: Any, grad: Tensor) -> Tensor:
     plan, layout, flag = ctx.plan, ctx.layout, ctx.flag
     begin_backward(plan.activation.name, ctx.step)
     (codes,) = ctx.saved_tensors
+    if ctx.receipt is not None:
+        codes = ctx.receipt.redeem(codes)
     with torch._C.DisableTorchFunction():
         if _is_like(grad, layout):
             rows = plan.level_rows(ops.multiplied_in(layout.dtype, layout.device), layout.device)

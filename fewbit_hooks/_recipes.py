@@ -34,7 +34,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ._errors import FewbitError, FewbitRuntimeError
 from ._hooks import Kept
-from ._replay import Autocast, replay
+from ._replay import Autocast, replay, untraced, when_backward_ends
 from ._sites import Site
 
 DEPTH = 8
@@ -148,24 +148,25 @@ class Recipe:
             if result is None or self._stream != _stream_of(result):
                 parts = [part.value() for part in self._parts]
                 with replay(self._autocast):
-                    result = self._run(*parts)
+                    result = untraced(self._run)(*parts)
                 if Geometry(result) != self._geometry:
                     raise FewbitError(
                         f"what was computed again has strides {result.stride()}, it had {self._geometry.stride}. "
                         "Please report this; scope(recompute=False) does without."
                     )
-            if self._users > 1 and torch._C._current_graph_task_id() != -1:
+            if self._users > 1:
                 self._hold(result)
             return result
 
     def _hold(self, result: Tensor) -> None:
         """One user of several has had it: hold it for the others, until the backward is over at the latest."""
+        if self._result is None:
+            if not when_backward_ends(self._forget):
+                return
+            self._result, self._stream = result, _stream_of(result)
         self._left -= 1
         if self._left <= 0:
             self._forget()
-        elif self._result is None:
-            torch.autograd.Variable._execution_engine.queue_callback(self._forget)
-            self._result, self._stream = result, _stream_of(result)
 
     def _forget(self) -> None:
         with self._lock:

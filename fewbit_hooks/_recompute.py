@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import _policy, _recipes, _stack
 from ._again import run_again
 from ._consumers import consume
+from ._dtensor import local_part
 from ._hooks import Kept, unpack
 from ._ledger import Ledger
 from ._recompute_calls import RecomputeCall
@@ -35,11 +37,7 @@ def run(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwa
     """Make such a call under a scope with `recompute=True`, or in one inside it; an exposure in any."""
     kwargs = kwargs or {}
     if call.kind == "exposure":
-        wrapped = torch._C._functorch.peek_interpreter_stack() is not None  # vmap's tensors tell no storage
-        if type(args[0]) is Tensor and not wrapped and not _policy.traced():
-            _recipes.expose(args[0])
-            for open_one in _stack.entries():
-                open_one.scope._ledger.step.exposed(args[0])
+        _expose(args[0])
         return func(*args, **kwargs)
     settings = entry.scope._settings
     if (
@@ -63,6 +61,21 @@ def run(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwa
     if call.kind == "product" and isinstance(y, Tensor) and are_factors(tensors, kwargs):
         _recipes.note(y, torch.mul, tensors)
     return y
+
+
+def _expose(given: Tensor) -> None:
+    """Somebody gets hold of the memory of a tensor."""
+    t: Any = local_part(given)
+    if (
+        torch._C._functorch.peek_interpreter_stack() is not None  # vmap's tensors tell no storage
+        or _policy.traced()
+        or is_traceable_wrapper_subclass(t)
+    ):
+        return
+    with torch._C.DisableTorchFunction():  # it may be of a class that has its own
+        _recipes.expose(t)
+        for entry in _stack.entries():
+            entry.scope._ledger.step.exposed(t)
 
 
 def admits(

@@ -46,7 +46,8 @@ _CALLS = {
     ("addmm", "consumer"): "torch.addmm Tensor.addmm torch.baddbmm Tensor.baddbmm torch.ops.aten.addmm",
     ("conv", "consumer"): "F.conv1d F.conv2d F.conv3d F.conv_transpose1d F.conv_transpose2d F.conv_transpose3d "
     "torch.conv1d torch.conv2d torch.conv3d torch.ops.aten.convolution",
-    ("memory", "exposure"): "Tensor.data.__get__ Tensor.numpy Tensor.__array__ Tensor.data_ptr Tensor.__dlpack__",
+    ("memory", "exposure"): "Tensor.data.__get__ Tensor.numpy Tensor.__array__ Tensor.data_ptr Tensor.__dlpack__ "
+    "Tensor.storage",
 }
 RECOMPUTE: dict[Any, RecomputeCall] = {
     function: RecomputeCall(name, kind)

@@ -7,7 +7,8 @@ number. Autocast is that of the forward, as backward has none, or another.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -44,3 +45,24 @@ def replay(autocast: Autocast, *, grad: bool = False) -> Iterator[None]:
         as_it_was = torch.autocast(autocast.device, autocast.dtype, autocast.enabled, cache_enabled=False)
     with torch._C.DisableTorchFunction(), torch.set_grad_enabled(grad), as_it_was:
         yield
+
+
+def untraced(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """The function as it ran in the forward: a compiled backward would make another of it, which saves other tensors
+    and may differ in the last places."""
+    return torch.compiler.disable(function) if _is_compiled_autograd() else function
+
+
+def when_backward_ends(call: Callable[[], None]) -> bool:
+    """Call this when the backward that runs on this thread is over; False where none does, or none that would."""
+    if _is_compiled_autograd() or torch._C._current_graph_task_id() == -1:
+        return False
+    torch.autograd.Variable._execution_engine.queue_callback(call)
+    return True
+
+
+def _is_compiled_autograd() -> bool:
+    """Whether the backward is a compiled graph: (measured, torch 2.13) asked to call back, Dynamo fails where it traces
+    the unpack hook, and the engine forgets it where the hook runs as it is."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return torch.compiler.is_compiling() or getattr(module, "in_compiled_autograd_region", False)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ._around import give_back_codes
 from ._compiled import Coding, coding
 from ._policy import innermost_hooks
 
@@ -66,7 +67,7 @@ class Entry:
         self.scope = scope
         self.around = None if inert else innermost_hooks()
         self.hooks = self.around[0] if self.around is not None else None
-        self.coding = coding(scope._settings)
+        self.coding = coding(scope._settings) if give_back_codes(self.around) else None
         self.recomputes = scope._settings.recompute and scope._settings.bits is not None
         self.fuses = scope._settings.engine == "fused"
         self.by_kernels = self.fuses and not self.recomputes

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _fused, _hooks, _one_node, _policy, _recipes, _recompute, _stack
 from ._again import run_again
+from ._around import change_codes
 from ._calls import Call
 from ._dtensor import local_part
 from ._inverse import Itself
@@ -68,6 +69,9 @@ def admits(entry: Entry, name: str, x: Tensor, *, in_parts: bool = False) -> boo
         return False
     if not x.requires_grad:
         return False
+    if reason and _policy.traced():
+        ledger.passed(name, reason, 0)  # a fake tensor has no memory, and its size may be a symbol
+        return False
     if reason:
         raise Keep(reason)
     if not plain:
@@ -79,6 +83,9 @@ def admits(entry: Entry, name: str, x: Tensor, *, in_parts: bool = False) -> boo
         raise Keep(_policy.MEASURE)
     if settings.exclude.rules and settings.exclude.here():
         raise Keep(_policy.EXCLUDED)
+    if change_codes(entry.around):
+        ledger.passed(name, _policy.CHANGED, 0)
+        return False
     return True
 
 

@@ -27,6 +27,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 import fewbit_hooks as fewbit
 from fewbit_hooks._hooks import Kept, Packed
 
+from .conftest import quiet
+
 ALL = {a.name: a for a in fewbit.activations()}
 PARAMETERS = {name: dict(a.parameters) for name, a in ALL.items()} | {"clamp": {"min": -1.0, "max": 1.0}}
 
@@ -565,6 +567,54 @@ def test_h14_inside_a_fake_tensor_mode_tensors_made_outside_pass(x: Tensor) -> N
     with opened, FakeTensorMode(allow_non_fake_inputs=True):
         y = F.gelu(x)
     assert y.shape == x.shape
+
+
+SETTINGS = [{"bits": 3}, {"bits": None}, {"exact": True}, {"exact": True, "recompute": True}]
+
+
+class EveryKind(nn.Module):
+    """An activation, a norm, a product, masks and a softmax."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(16, 16), nn.LayerNorm(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.dropout(F.relu(self.norm(F.gelu(self.linear(x))) * x), 0.1)
+        return torch.where(y > 0, y, x).softmax(-1)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_h14_fake_tensors_of_symbolic_shapes_pass_and_count_for_no_bytes(settings: dict[str, Any]) -> None:
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    model = EveryKind()
+    fake = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False, allow_non_fake_inputs=True)
+    h = fake.from_tensor(torch.randn(8, 16, requires_grad=True))
+    memory = quiet(**settings)
+    with fake, memory:
+        y = model(h)
+    assert isinstance(y.shape[0], torch.SymInt)
+    report = memory.report()
+    assert {row.activation for row in report.rows} == {"gelu", "relu", "dropout", "where"}
+    assert (report.original_bytes, report.stored_bytes) == (0, 0)
+    assert "gelu" in str(report)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_h14_make_fx_with_symbolic_shapes_records_what_it_did(settings: dict[str, Any]) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    model, x = EveryKind(), torch.randn(8, 16)
+
+    def step(t: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(model(t).sum(), list(model.parameters()))
+
+    trace = make_fx(step, tracing_mode="symbolic", _allow_non_fake_inputs=True)
+    stock = [node.target for node in trace(x).graph.nodes]
+    with quiet(**settings):
+        graph = trace(x).graph
+    assert [node.target for node in graph.nodes] == stock
 
 
 def test_h14_meta_tensors_are_kept() -> None:

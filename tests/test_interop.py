@@ -449,6 +449,42 @@ def test_activations_outside_the_compiled_part_are_coded_as_ever(x: Tensor) -> N
     assert {"silu", "mish"} <= {row.activation for row in memory.report().rows if row.bits == 2}
 
 
+class NormedUnit(nn.Module):
+    """Its input's norm is asked for twice, and so is computed again for two; the other norm is run again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.last = nn.LayerNorm(16), nn.RMSNorm(16)
+        self.gate, self.up, self.down = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return self.last(self.down(F.gelu(self.gate(h)) * self.up(h)))
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("settings", [{"bits": 3}, {"exact": True, "recompute": True}], ids=str)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_backward_under_compiled_autograd_gives_the_gradients_that_it_gave(
+    backend: str, settings: dict[str, Any], x: Tensor
+) -> None:
+    from torch._dynamo import compiled_autograd
+
+    def run(backward_in: Any) -> list[Tensor]:
+        net.zero_grad()
+        with fewbit.scope(min_bytes=0, **settings):
+            loss = net(x).square().mean()
+        with backward_in:
+            loss.backward()
+        return gradients(net)
+
+    net = NormedUnit()
+    expected = run(contextlib.nullcontext())
+    for _ in range(2):
+        assert equal(run(compiled_autograd._enable(torch.compile(backend=backend))), expected)
+
+
 def run_plain_of(net: nn.Module, x: Tensor, bits: int | None) -> list[Tensor]:
     return compiled_gradients(net, net, x, quiet(bits))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
+from transformers.activations import NewGELUActivation
 
 import fewbit_hooks as fewbit
+from fewbit_hooks import _around
+
+from .conftest import quiet
 
 N = 128 * 256
 """Elements of the activation."""
@@ -152,8 +157,6 @@ def test_what_a_recognised_call_keeps_is_theirs_too() -> None:
 
 
 def test_a_composite_hands_on_its_codes(x: Tensor) -> None:
-    from transformers.activations import NewGELUActivation
-
     model = mlp(NewGELUActivation())
     stock, coded = Offloader(), Offloader()
     gradients(model, x, stock)
@@ -188,6 +191,122 @@ def test_backward_twice_asks_the_hooks_around_twice(x: Tensor) -> None:
     first, second = (torch.autograd.grad(y.sum(), h, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
     assert len(unpacked) == 2
+
+
+# Hooks that compress what they are handed: codes do not survive that
+
+Compress = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
+
+
+def to_int8(t: Tensor) -> tuple[Tensor, Tensor]:
+    scale = t.abs().max() / 127
+    return (t / scale).round().to(torch.int8), scale
+
+
+def to_float8(t: Tensor) -> tuple[Tensor, torch.dtype]:
+    return t.to(torch.float8_e4m3fn), t.dtype
+
+
+COMPRESS: dict[str, Compress] = {
+    "int8": (to_int8, lambda packed: packed[0].float() * packed[1]),
+    "float8": (to_float8, lambda packed: packed[0].to(packed[1])),
+}
+
+
+def but_integers(hooks: Compress) -> Compress:
+    """The same, but that they leave alone what is none of theirs."""
+    pack, unpack = hooks
+    return (
+        lambda t: pack(t) if t.is_floating_point() else t,
+        lambda packed: packed if isinstance(packed, Tensor) else unpack(packed),
+    )
+
+
+@pytest.fixture
+def nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of hooks that were there before."""
+    monkeypatch.setattr(_around, "_pairs", weakref.WeakKeyDictionary())
+
+
+@pytest.mark.usefixtures("nothing_is_known")
+@pytest.mark.parametrize("kind", COMPRESS)
+@pytest.mark.parametrize(
+    ("activation", "settings"),
+    [
+        (nn.GELU, {"bits": 3}),
+        (nn.GELU, {"bits": 3, "engine": "fused"}),
+        (nn.LogSigmoid, {"bits": 8}),
+        (nn.ReLU6, {"exact": True}),
+        (functools.partial(nn.Dropout, 0.3), {"exact": True}),
+        (NewGELUActivation, {"bits": 3}),
+    ],
+    ids=str,
+)
+def test_codes_do_not_suffer_from_hooks_around_that_compress(
+    activation: Callable[[], nn.Module], settings: dict[str, Any], kind: str, x: Tensor
+) -> None:
+    model, hooks = mlp(activation()), COMPRESS[kind]
+    coded = gradients(model, x, saved_tensors_hooks(*but_integers(hooks)), fewbit.scope(min_bytes=0, **settings))
+    stock = gradients(model, x, saved_tensors_hooks(*hooks))
+    memory = quiet(**settings)
+    assert same(gradients(model, x, saved_tensors_hooks(*hooks), memory), coded)
+    for _ in range(2):  # it was seen: what is under such hooks is left to them
+        assert same(gradients(model, x, saved_tensors_hooks(*hooks), memory), stock)
+        assert {row.reason for row in memory.report().rows} == {"the saved-tensor hooks around the scope change codes"}
+
+
+@pytest.mark.usefixtures("nothing_is_known")
+@pytest.mark.parametrize("engine", ["hooks", "fused"])
+def test_codes_are_kept_beside_until_they_have_come_back_once(engine: str, x: Tensor) -> None:
+    h = torch.randn(128, 256, requires_grad=True)
+    for step in range(3):
+        coded: list[StorageWeakRef] = []
+
+        def pack(t: Tensor, coded: list[StorageWeakRef] = coded) -> Tensor:
+            coded.append(StorageWeakRef(t.untyped_storage()))
+            return t.detach().clone()
+
+        with saved_tensors_hooks(pack, lambda t: t), fewbit.scope(min_bytes=0, engine=engine):
+            y = F.gelu(h)
+        assert len(coded) == 1
+        assert coded[0].expired() == (step > 0)
+        y.sum().backward()
+
+
+@pytest.mark.usefixtures("nothing_is_known")
+def test_hooks_that_come_to_change_codes_are_named() -> None:
+    h, of = torch.randn(128, 256, requires_grad=True), torch.uint8
+    for step in range(2):
+        with saved_tensors_hooks(lambda t: t.detach(), lambda t: t.to(of)), fewbit.scope(min_bytes=0):
+            y = F.gelu(h)
+        if step == 0:
+            y.sum().backward()
+    of = torch.float32
+    with pytest.raises(fewbit.FewbitError, match=r"gave back torch\.float32 of shape"):
+        y.sum().backward()
+
+
+@pytest.mark.usefixtures("nothing_is_known")
+@pytest.mark.filterwarnings("ignore")
+def test_a_graph_that_is_compiled_under_hooks_that_nobody_knows_is_exact(x: Tensor) -> None:
+    torch._dynamo.reset()
+    model = mlp(nn.GELU())
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+
+    def run(*around: Any) -> list[Tensor]:
+        model.zero_grad()
+        with contextlib.ExitStack() as stack:
+            for context in around:
+                stack.enter_context(context)
+            loss = compiled(x).square().sum()
+        loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    hooks = COMPRESS["float8"]
+    expected = run(saved_tensors_hooks(*hooks))
+    assert same(run(saved_tensors_hooks(*hooks), quiet(bits=3)), expected)
+    assert not same(run(save_on_cpu(), quiet(bits=3)), run())  # of PyTorch's own it is known
+    torch._dynamo.reset()
 
 
 # A checkpoint is hooks around the scope in its function: what it keeps it drops, the codes too

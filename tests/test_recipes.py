@@ -321,6 +321,19 @@ def test_outside_of_a_backward_nothing_is_held(x: Tensor) -> None:
     assert recipe._result is None
 
 
+def test_in_a_compiled_backward_which_tells_nobody_of_its_end_nothing_is_held(
+    x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    y = noted(counted(calls), x)
+    recipe, before = recipe_of(y), len(calls)
+    for _ in range(3):
+        recipe.add_user()
+    monkeypatch.setattr("torch._dynamo.compiled_autograd.in_compiled_autograd_region", True)
+    backward_that_asks(recipe, 2)
+    assert len(calls) - before == 2
+
+
 def test_what_two_ask_for_is_one_recipe(x: Tensor) -> None:
     y = noted(torch.exp, x)
     assert recipe_of(y) is recipe_of(y.view(64))

@@ -605,6 +605,7 @@ def test_a_recomputed_tensor_that_is_changed_after_its_consumer_gives_the_forwar
     assert same(gradients(loss, model), stock)
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize(
     "change",
     [
@@ -612,8 +613,10 @@ def test_a_recomputed_tensor_that_is_changed_after_its_consumer_gives_the_forwar
         lambda y: y.detach().mul_(2.0),
         lambda y: y.detach().numpy().__imul__(2.0),
         lambda y: y.detach().__array__().__imul__(2.0),
+        lambda y: nn.Parameter(y.detach()).data.mul_(2.0),
+        lambda y: torch.empty(0).set_(y.storage(), 0, y.shape).mul_(2.0),
     ],
-    ids=["data", "detach", "numpy", "array"],
+    ids=["data", "detach", "numpy", "array", "parameter", "storage"],
 )
 def test_a_change_behind_autograds_back_before_the_consumer_is_seen(change: Any, x: Tensor) -> None:
     def between(h: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import fewbit_hooks as fewbit
 from fewbit_hooks import _sites
@@ -452,9 +453,22 @@ def test_threads_that_share_a_scope_may_bring_new_modules_and_freeze_old_ones(op
     assert not errors
 
 
+class Subclass(Tensor):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize(
-    "change", [lambda h: h.data.round_(), lambda h: h.detach().numpy().round(out=h.detach().numpy())]
+    "change",
+    [
+        lambda h: h.data.round_(),
+        lambda h: h.detach().numpy().round(out=h.detach().numpy()),
+        lambda h: nn.Parameter(h.detach()).data.round_(),
+        lambda h: h.detach().as_subclass(Subclass).data.round_(),
+        lambda h: torch.empty(0).set_(h.storage(), 0, h.shape).round_(),
+    ],
+    ids=["data", "numpy", "parameter", "subclass", "storage"],
 )
 @pytest.mark.parametrize(
     ("activation", "arguments", "error"),
@@ -500,3 +514,30 @@ def test_an_output_whose_memory_is_given_away_is_not_relied_upon(
             loss = net(x).square().sum()
         (under,) = torch.autograd.grad(loss, net.a.weight)
         assert (under - stock).norm() <= error * stock.norm(), step
+
+
+ODD: dict[str, Callable[[], Tensor]] = {
+    "sparse": lambda: torch.eye(4).to_sparse(),
+    "nested": lambda: torch.nested.as_nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    "meta": lambda: torch.empty(4, device="meta"),
+    "wrapper subclass": lambda: TwoTensor(torch.ones(4), torch.ones(4)),
+    "subclass": lambda: torch.ones(4).as_subclass(Subclass),
+}
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("way", ["data", "untyped_storage", "storage", "data_ptr", "numpy"])
+@pytest.mark.parametrize("kind", ODD)
+def test_giving_away_the_memory_of_an_odd_tensor_does_what_it_did(kind: str, way: str) -> None:
+    def give() -> type:
+        try:
+            given = getattr(ODD[kind](), way)
+            return type(given() if callable(given) else given)
+        except Exception as error:
+            return type(error)
+
+    expected = give()
+    opened = fewbit.scope(exact=True, recompute=True)
+    opened._warned = True
+    with opened:
+        assert give() is expected
