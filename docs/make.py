@@ -10,6 +10,7 @@ from pathlib import Path
 import fewbit_hooks as fewbit
 import page_coverage
 import page_memory
+import page_operations
 import page_speed
 from fewbit_hooks import Activation
 from fewbit_hooks._built_in import built_in
@@ -117,6 +118,7 @@ def main() -> None:
     (DOCS / "faq.md").write_text(page_memory.faq_page(), encoding="utf-8")
     (DOCS / "speed.md").write_text(page_speed.speed_page(), encoding="utf-8")
     page_speed.draw()
+    (DOCS / "operations.md").write_text(page_operations.operations_page(), encoding="utf-8")
     (DOCS / "coverage.md").write_text(page_coverage.coverage_page(), encoding="utf-8")
     (DOCS / "activations.md").write_text(activations_page(), encoding="utf-8")
     for name, bits in (("gelu", 3), ("silu", 2)):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 DOCS = Path(__file__).parent
 CSV = DOCS.parent / "benchmarks" / "results" / "step-cpu.csv"
+BATCHES = DOCS.parent / "benchmarks" / "results" / "batch-cpu.csv"
 PICTURE = DOCS / "images" / "memory-against-time.png"
 
 HEAD = """\
@@ -58,6 +59,7 @@ LESSONS = """\
 - **The fused engine** takes as long as the hooks on the CPU, or 1 % less: that its backward is faster than stock's
   shows in no step, whose time goes into matrix products. It is made for GPUs.
 
+{batches}
 ## The paper's setting
 
 RoBERTa-base, all of it trained in float32 on batches of 128 x 128 tokens, on the CPU: stock holds 13.60 GiB for
@@ -68,9 +70,18 @@ GPU one byte an element, and they are packed to one bit here and not there. `ben
 it.
 """
 
+BATCH = """\
+## The largest batch
+
+That fits {mib} MiB, held between forward and backward beside parameters, buffers and the batch: found by search, by
+`benchmarks/bench_batch.py` ([batch-cpu.csv](../benchmarks/results/batch-cpu.csv)). Stock's is a number of samples, the
+others are times that.
+"""
+
 MARKERS = {
     "stock": ("#000000", "o"),
     "scope(bits=3)": ("#1b9e77", "o"),
+    "scope(bits=3, engine='fused')": ("#a6d854", "D"),
     "scope(exact=True)": ("#66c2a5", "s"),
     "scope(bits=3, recompute=True)": ("#d95f02", "o"),
     "scope(exact=True, recompute=True)": ("#fc8d62", "s"),
@@ -82,7 +93,7 @@ MARKERS = {
 }
 
 
-def read(path: Path = CSV) -> dict[str, list[dict[str, str]]]:
+def read(path: Path) -> dict[str, list[dict[str, str]]]:
     """The rows by model."""
     models: dict[str, list[dict[str, str]]] = {}
     with path.open(newline="", encoding="utf-8") as file:
@@ -91,7 +102,7 @@ def read(path: Path = CSV) -> dict[str, list[dict[str, str]]]:
     return models
 
 
-def speed_page(path: Path = CSV) -> str:
+def speed_page(path: Path = CSV, batches: Path = BATCHES) -> str:
     """The text of speed.md."""
     models = read(path)
     first = next(iter(models.values()))[0]
@@ -100,7 +111,22 @@ def speed_page(path: Path = CSV) -> str:
         lines += [f"## {model}", "", "| | ms | time | held, MiB | held | gradients |", "| --- " + "| ---: " * 5 + "|"]
         lines += [_line(row) for row in rows]
         lines.append("")
-    return "\n".join(lines).rstrip("\n") + "\n" + LESSONS
+    return "\n".join(lines).rstrip("\n") + "\n" + LESSONS.format(batches=_largest_batches(batches))
+
+
+def _largest_batches(path: Path) -> str:
+    models = read(path)
+    first = next(iter(models.values()))
+    ways = [row["row"] for row in first if row["row"] != "scope(bits=3, engine='fused')"]  # holds what the hooks hold
+    lines = [
+        BATCH.format(mib=int(first[0]["budget_bytes"]) >> 20),
+        "| | " + " | ".join(ways) + " |",
+        "| --- |" + " ---: |" * len(ways),
+    ]
+    for model, rows in models.items():
+        of_stock = {row["row"]: f"{float(row['of_stock']):.2f}" for row in rows} | {"stock": rows[0]["batch"]}
+        lines.append("| ".join([f"| {model} ", *(f"{of_stock.get(way, '')} " for way in ways)]) + "|")
+    return "\n".join(lines) + "\n"
 
 
 def _line(row: dict[str, str]) -> str:

@@ -96,14 +96,16 @@ def _names(chain: list[nn.Module]) -> Iterator[str]:
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of a model with each of their names, those that they have without wrappers among them."""
     wrapped: set[str] = set()
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in model.named_modules(remove_duplicate=False):  # a wrapper comes before what it wraps
         yield name, module
         if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             wrapped.add(f"{name}.module".lstrip("."))
-        parts = [path.rpartition(".")[2] for path in _parents(name) if path not in wrapped]
-        bare = ".".join(part for part in parts if part not in WRAPPERS)
-        if bare != name:
-            yield bare, module
+        if name.rpartition(".")[2] in WRAPPERS:
+            wrapped.add(name)
+        if wrapped:
+            bare = ".".join(path.rpartition(".")[2] for path in _parents(name) if path not in wrapped)
+            if bare != name:
+                yield bare, module
 
 
 def _all_names(model: nn.Module) -> list[str]:
