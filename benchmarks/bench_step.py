@@ -383,7 +383,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{f['gradients']:>9.1e}",
                 flush=True,
             )
-            table.append((name, arguments.dtype, row, *(round(f[column], 6) for column in FIGURES), *known.values()))
+            table.append(
+                (name, arguments.dtype, row, *(float(f"{f[column]:.6g}") for column in FIGURES), *known.values())
+            )
         if arguments.csv:  # after each model: they take minutes
             with open(arguments.csv, "w", newline="") as file:
                 writer = csv.writer(file, lineterminator="\n")
