@@ -383,9 +383,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{f['gradients']:>9.1e}",
                 flush=True,
             )
-            table.append(
-                (name, arguments.dtype, row, *(float(f"{f[column]:.6g}") for column in FIGURES), *known.values())
-            )
+            figures = [f[column] if isinstance(f[column], int) else float(f"{f[column]:.6g}") for column in FIGURES]
+            table.append((name, arguments.dtype, row, *figures, *known.values()))
         if arguments.csv:  # after each model: they take minutes
             with open(arguments.csv, "w", newline="") as file:
                 writer = csv.writer(file, lineterminator="\n")
