@@ -33,7 +33,7 @@ elements, 3 bits: 0.93 and 1.10. 2**20 elements, 3 bits: 0.98 and 1.03; 4 bits: 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -49,6 +49,8 @@ UNROLLED = 3
 """Bits up to which an input's code is found by comparisons in the kernel; with more it is looked up (NOTE [ Sixteen
 bits decide the code ] in `_float16.py`), which Inductor does for one element after the other."""
 
+_dynamos_callback: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)
+_call_back: Callable[[Any], Any] = torch._C._dynamo.eval_frame.set_eval_frame
 is_exporting = getattr(torch.compiler, "is_exporting", bool)  # torch 2.6 has none
 Constants = tuple[int, tuple[float, ...], tuple[float, ...], bool]
 """Bits, boundaries, levels, folded."""
@@ -69,6 +71,23 @@ class Coding(NamedTuple):
     bits: int | None
     named: tuple[tuple[str, int | None], ...]
     min_bytes: int
+
+
+def plainly(call: functools.partial[Any]) -> Any:
+    """Make a call that is not to be compiled.
+
+    In a part of a compiled function that Dynamo leaves to Python it tries each function that is called there, ours
+    among them, and takes for constant what they ask of torch's state. This one it does not, as it sees neither a tensor
+    nor a module of torch in it: hence the partial.
+    """
+    callback = _dynamos_callback()
+    if callback is None:
+        return call()
+    _call_back(None)
+    try:
+        return call()
+    finally:
+        _call_back(callback)
 
 
 def coding(settings: Settings) -> Coding | None:

@@ -173,7 +173,7 @@ def replace_forward(
 
 def _run_or_leave(composite: Composite) -> types.FunctionType:
     """What takes the place of a class's forward."""
-    forward, run, run_compiled = composite.forward, _run, _compiled.run
+    forward, run, run_compiled, plainly = composite.forward, _run, _compiled.run, _compiled.plainly
     thread, acting, coding = _stack.this_thread, _stack.acting, _stack.coding_here
     is_compiling, is_grad_enabled, partial = torch.compiler.is_compiling, torch.is_grad_enabled, functools.partial
     call = replace(composite.call, fixed=tuple(composite.parameters.items())) if composite.call is not None else None
@@ -188,7 +188,7 @@ def _run_or_leave(composite: Composite) -> types.FunctionType:
         entry = acting()
         if entry is None or not is_grad_enabled():
             return forward(self, *args, **kwargs)
-        return run(entry, composite, self, args, kwargs)
+        return plainly(partial(run, entry, composite, self, args, kwargs))
 
     return cast(types.FunctionType, run_or_leave)
 

@@ -42,7 +42,7 @@ from . import (
     _stack,
     _treatment,
 )
-from ._calls import BACKWARD, RECOGNISED
+from ._calls import BACKWARD, RECOGNISED, Call
 from ._errors import FewbitError, FewbitTypeError, FewbitWarning
 from ._ledger import Ledger
 from ._mask_calls import MaskCall
@@ -309,27 +309,36 @@ class _Mode(TorchFunctionMode):
             ):
                 again = RECOMPUTE.get(func)
                 if again is not None:
-                    return _recompute.run(entry, again, func, args, kwargs)
+                    return _compiled.plainly(functools.partial(_recompute.run, entry, again, func, args, kwargs))
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if call is BACKWARD:
-            _recipes.forget()
-            for entry in _stack.entries():
-                entry.scope._ledger.step.begin_backward()
+            _begin_backward()
             return func(*args, **kwargs)
         if self.entry is None:
             return func(*args, **kwargs)
         if torch.compiler.is_compiling():
             return _compiled.run(self.entry.coding, call, func, args, kwargs)
-        if call is _copies.COPY:
-            return _copies.run(self.entry, func, args, kwargs)
-        if torch._C._get_tracing_state() is not None:
-            # the same line with and without gradients: torch.jit.trace compares where its two runs' calls come from
-            if torch.is_grad_enabled():
-                self.entry.scope._ledger.passed(call.name, _policy.TRACING, 0)
-            return func(*args, **kwargs)
-        if not torch.is_grad_enabled():
-            return func(*args, **kwargs)
-        if isinstance(call, MaskCall):
-            return _masks.run(self.entry, call, func, args, kwargs)
-        return _treatment.run(self.entry, call, func, args, kwargs)
+        return _compiled.plainly(functools.partial(_run, self.entry, call, func, args, kwargs))
+
+
+def _begin_backward() -> None:
+    _recipes.forget()
+    for entry in _stack.entries():
+        entry.scope._ledger.step.begin_backward()
+
+
+def _run(entry: _stack.Entry, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make a recognised call."""
+    if call is _copies.COPY:
+        return _copies.run(entry, func, args, kwargs)
+    if torch._C._get_tracing_state() is not None:
+        # the same line with and without gradients: torch.jit.trace compares where its two runs' calls come from
+        if torch.is_grad_enabled():
+            entry.scope._ledger.passed(call.name, _policy.TRACING, 0)
+        return func(*args, **kwargs)
+    if not torch.is_grad_enabled():
+        return func(*args, **kwargs)
+    if isinstance(call, MaskCall):
+        return _masks.run(entry, call, func, args, kwargs)
+    return _treatment.run(entry, call, func, args, kwargs)

@@ -333,3 +333,31 @@ def test_the_eager_part_of_a_model_is_counted() -> None:
     with scope(None) as memory:
         net[2](net[1](run(x))).sum().backward()
     assert [(row.activation, row.bits) for row in memory.report().rows] == [("gelu", None)]
+
+
+@pytest.mark.parametrize("activation", [nn.Mish(), nn.ReLU()], ids=repr)
+def test_what_dynamo_leaves_to_python_is_coded_and_counted_as_ever(
+    activation: nn.Module, recwarn: pytest.WarningsRecorder
+) -> None:
+    class Recurrent(nn.Module):  # Dynamo does not take it, but tries all that it calls
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru, self.act, self.head = nn.GRU(8, 32), activation, nn.Linear(32, 4).requires_grad_(False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.head(F.dropout(self.act(self.gru(x)[0]), 0.5))
+            return y
+
+    def reasons(run: Callable[[Tensor], Tensor]) -> dict[str, tuple[int | None, str]]:
+        with scope() as memory:
+            y = run(x)
+        y.square().sum().backward()
+        return {row.activation: (row.bits, row.reason) for row in memory.report().rows}
+
+    net, x = Recurrent(), torch.randn(16, 4, 8)
+    eager = reasons(net)
+    assert len(eager) == 2
+    assert all(bits for bits, _ in eager.values())
+    for _ in range(2):
+        assert reasons(torch.compile(net, backend="aot_eager")) == eager
+    assert not [w for w in recwarn if "fewbit" in str(w.message) or "eval_frame" in str(w.message)]
