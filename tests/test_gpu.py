@@ -140,6 +140,7 @@ def test_a_step_can_be_captured_in_a_cuda_graph(model: nn.Module, engine: str) -
         torch.testing.assert_close(p.grad, expected)
 
 
+@pytest.mark.filterwarnings("ignore:fewbit_hooks.scope compressed nothing")
 @pytest.mark.parametrize("warm", [False, True])
 def test_a_graph_that_is_captured_at_once_keeps_what_has_no_tables_yet(warm: bool) -> None:
     x = torch.randn(4096, device="cuda")
