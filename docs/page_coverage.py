@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
+
+from csv_rows import rows_of
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
@@ -40,15 +41,9 @@ loss is stock's bit for bit in every row, and so are all gradients with `exact=T
 """
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def coverage_page(cases: Path = CASES, architectures: Path = ARCHITECTURES) -> str:
     """The text of coverage.md."""
-    samples, models = read(cases), read(architectures)
+    samples, models = rows_of(cases), rows_of(architectures)
     first = models[0]
     lines = [HEAD.format(**{key: first[key] for key in ("machine", "versions", "date")})]
     outcomes = ("run", "equal", "approximate", "raises", "noise")

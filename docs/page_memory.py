@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable
 from pathlib import Path
+
+from csv_rows import rows_of
 
 DOCS = Path(__file__).parent
 CSV = DOCS.parent / "benchmarks" / "results" / "memory-cpu.csv"
@@ -102,9 +103,8 @@ def faq_page() -> str:
 
 def _read(path: Path) -> dict[tuple[str, str, str], Settings]:
     cases: dict[tuple[str, str, str], Settings] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            cases.setdefault((row["model"], row["training"], row["dtype"]), {})[row["setting"]] = row
+    for row in rows_of(path):
+        cases.setdefault((row["model"], row["training"], row["dtype"]), {})[row["setting"]] = row
     return cases
 
 

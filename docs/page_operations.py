@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
+
+from csv_rows import rows_of
 
 DOCS = Path(__file__).parent
 CSV = DOCS.parent / "benchmarks" / "results" / "ops-cpu.csv"
@@ -42,15 +43,9 @@ model, whose output another node keeps, pays less: one bit.
 """
 
 
-def read(path: Path = CSV) -> list[dict[str, str]]:
-    """The rows."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def operations_page(path: Path = CSV) -> str:
     """The text of operations.md."""
-    rows = read(path)
+    rows = rows_of(path)
     most = max((row["elements"] for row in rows), key=int)
     rows = [row for row in rows if row["elements"] == most]
     known = {key: rows[0][key] for key in ("machine", "versions", "date")}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
+
+from csv_rows import rows_of
 
 DOCS = Path(__file__).parent
 CSV = DOCS.parent / "benchmarks" / "results" / "step-cpu.csv"
@@ -97,9 +98,8 @@ MARKERS = {
 def read(path: Path) -> dict[str, list[dict[str, str]]]:
     """The rows by model."""
     models: dict[str, list[dict[str, str]]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            models.setdefault(row["model"], []).append(row)
+    for row in rows_of(path):
+        models.setdefault(row["model"], []).append(row)
     return models
 
 

@@ -26,6 +26,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from . import ops
 from ._errors import FewbitRuntimeError
 
 Hooks: TypeAlias = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
@@ -95,7 +96,7 @@ class Receipt:
                     "let them pass integers as they are."
                 )
             return back
-        if not (mine.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not ops.capturing(mine.device):
             with torch._C.DisableTorchFunction():
                 self._pair.see(alike and back.device == mine.device and torch.equal(back, mine))
         return mine

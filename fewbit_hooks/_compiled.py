@@ -45,12 +45,17 @@ from ._calls import Call
 from ._policy import Settings
 from .ops import Lookup, Thresholds
 
-UNROLLED = 3
+COMPARED = 3
 """Bits up to which an input's code is found by comparisons in the kernel; with more it is looked up (NOTE [ Sixteen
 bits decide the code ] in `_float16.py`), which Inductor does for one element after the other."""
+COMPARED_AT_MOST = 6
+"""The same where it cannot be looked up, in float64; with more it is bucketized, which takes longest."""
+SELECTED = 4
+"""Bits up to which a code's level is selected by comparisons; with more it is looked up."""
 
-_dynamos_callback: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)
-_call_back: Callable[[Any], Any] = torch._C._dynamo.eval_frame.set_eval_frame
+# under names of ours: `plainly` must name no module of torch
+_callback: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)
+_set_callback: Callable[[Any], Any] = torch._C._dynamo.eval_frame.set_eval_frame
 is_exporting = getattr(torch.compiler, "is_exporting", bool)  # torch 2.6 has none
 Constants = tuple[int, tuple[float, ...], tuple[float, ...], bool]
 """Bits, boundaries, levels, folded."""
@@ -80,14 +85,14 @@ def plainly(call: functools.partial[Any]) -> Any:
     among them, and takes for constant what they ask of torch's state. This one it does not, as it sees neither a tensor
     nor a module of torch in it: hence the partial.
     """
-    callback = _dynamos_callback()
+    callback = _callback()
     if callback is None:
         return call()
-    _call_back(None)
+    _set_callback(None)
     try:
         return call()
     finally:
-        _call_back(callback)
+        _set_callback(callback)
 
 
 def coding(settings: Settings) -> Coding | None:
@@ -198,7 +203,7 @@ class _Coded(torch.autograd.Function):
 
 def encode(x: Tensor, boundaries: tuple[float, ...], folded: bool) -> Tensor:
     """Code i where boundaries[i-1] < x <= boundaries[i]; int32, of the shape of `x`."""
-    if len(boundaries) >= 1 << UNROLLED:
+    if len(boundaries) >= 1 << COMPARED:
         key = boundaries, folded, str(x.dtype), str(x.device)
         scale = _scale(*key)
         if scale is not None:
@@ -209,7 +214,7 @@ def encode(x: Tensor, boundaries: tuple[float, ...], folded: bool) -> Tensor:
     v = x.abs() if folded else x
     if v.dtype != torch.float64:
         v = v.float()  # which holds every boundary exactly
-    if len(boundaries) >= 1 << 2 * UNROLLED:
+    if len(boundaries) >= 1 << COMPARED_AT_MOST:
         limits = torch.tensor(boundaries, dtype=v.dtype, device=v.device)
         return torch.bucketize(v, limits, out_int32=True)
     codes = torch.zeros_like(v)  # in its dtype: Inductor's vectors of masks turn into such at once
@@ -274,7 +279,7 @@ def _eighths(t: Tensor) -> Tensor:
 
 def decode(codes: Tensor, levels: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """The level of each code, of 1-D codes."""
-    if len(levels) > 2 << UNROLLED:
+    if len(levels) > 1 << SELECTED:
         return torch.tensor(levels, dtype=dtype, device=codes.device)[codes]
     slope = torch.full_like(codes, levels[0], dtype=dtype)
     for code, level in enumerate(levels[1:], 1):

@@ -65,9 +65,8 @@ class Exclusion:
 
     def misses(self) -> list[str]:
         """The names of modules that no model has that was seen so far."""
-        models = list(self._models)
-        rules = [rule for rule in self.rules if isinstance(rule, str)] if models else []
-        return [r for r in rules if not any(fnmatch.filter(_all_names(model), r) for model in models)]
+        names = {name for model in self._models for name, _ in _named(model)}
+        return [rule for rule in self.rules if isinstance(rule, str) and not _matches(rule, [], names)]
 
     def models(self) -> list[str]:
         """The classes of those models."""
@@ -106,10 +105,6 @@ def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             bare = ".".join(path.rpartition(".")[2] for path in _parents(name) if path not in wrapped)
             if bare != name:
                 yield bare, module
-
-
-def _all_names(model: nn.Module) -> list[str]:
-    return [name for name, _ in _named(model)]
 
 
 def _parents(name: str) -> list[str]:

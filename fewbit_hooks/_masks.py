@@ -171,7 +171,7 @@ class WaitingMask:
         if not mask.is_cuda:
             return True
         same: bool = torch.cuda.current_stream(mask.device) == self._stream
-        return same and not torch.cuda.is_current_stream_capturing()
+        return same and not ops.capturing(mask.device)
 
 
 class _Waiting(threading.local):
@@ -244,7 +244,7 @@ class MaskHook:
             return self._keep(t, FLOATS) if call.name == "dropout" else keep(t, call.name, self._around)
         waits = self._in_hand and t.dtype == torch.bool  # a look at each element would be for nothing
         waits &= self._around is None  # the hooks around the scope take what they are given now
-        if waits and t.is_cuda and torch.cuda.is_current_stream_capturing():
+        if waits and ops.capturing(t.device):
             return self._keep(t, CAPTURING)
         with torch._C.DisableTorchFunction():
             found = None if waits else ops.encode_two_values(t)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import _activations, ops
+from ._around import Hooks
 from ._calls import Call
 from ._catalog import codebook
 from ._codebook import Codebook
@@ -189,7 +190,7 @@ def traced() -> bool:
     )
 
 
-def innermost_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+def innermost_hooks() -> Hooks | None:
     """The pack hook and the unpack hook that autograd would call now; None where there are none."""
     top = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return (top[0], top[1]) if top is not None else None

@@ -269,12 +269,13 @@ class scope:
 
     def _warn_of_names_that_no_module_has(self) -> None:
         exclude = self._settings.exclude
-        if self._looked_at_names or not exclude.models():
+        models = exclude.models() if exclude.rules and not self._looked_at_names else []
+        if not models:  # none was seen yet
             return
         self._looked_at_names = True
         for name in exclude.misses():
             warnings.warn(
-                f"exclude={name!r} names no module of {', '.join(exclude.models())}. Names are those that "
+                f"exclude={name!r} names no module of {', '.join(models)}. Names are those that "
                 "`named_modules()` of the outermost module that is called gives, or glob patterns of them.",
                 FewbitWarning,
                 stacklevel=3,
@@ -313,19 +314,15 @@ class _Mode(TorchFunctionMode):
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if call is BACKWARD:
-            _begin_backward()
+            _recipes.forget()
+            for entry in _stack.entries():
+                entry.scope._ledger.step.begin_backward()
             return func(*args, **kwargs)
         if self.entry is None:
             return func(*args, **kwargs)
         if torch.compiler.is_compiling():
             return _compiled.run(self.entry.coding, call, func, args, kwargs)
         return _compiled.plainly(functools.partial(_run, self.entry, call, func, args, kwargs))
-
-
-def _begin_backward() -> None:
-    _recipes.forget()
-    for entry in _stack.entries():
-        entry.scope._ledger.step.begin_backward()
 
 
 def _run(entry: _stack.Entry, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

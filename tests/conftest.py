@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import fewbit_hooks as fewbit
+from csv_rows import rows_of as rows_of
 from fewbit_hooks import _again, _compiled, _stack
 from held import held_for_backward as held_for_backward
 
@@ -61,12 +60,6 @@ def normed(*more: nn.Module) -> nn.Sequential:
     """The same with a norm and a tanh, and with further layers between."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.GELU(), *more, nn.Linear(16, 3), nn.Tanh())
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV that a benchmark wrote."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 @contextlib.contextmanager

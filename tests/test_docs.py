@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 import page_coverage
+import page_operations
 import page_speed
+from csv_rows import rows_of
 from docs import make
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -49,10 +51,14 @@ def test_the_page_of_speed_is_the_csvs() -> None:
     assert (DOCS / "speed.md").read_text(encoding="utf-8") == page_speed.speed_page()
 
 
+def test_the_page_of_operations_is_the_csvs() -> None:
+    assert (DOCS / "operations.md").read_text(encoding="utf-8") == page_operations.operations_page()
+
+
 def test_the_page_of_coverage_is_the_csvs_and_nothing_in_it_is_wrong() -> None:
     assert (DOCS / "coverage.md").read_text(encoding="utf-8") == page_coverage.coverage_page()
-    assert all(row["wrong"] == "0" for row in page_coverage.read(page_coverage.CASES))
-    models = page_coverage.read(page_coverage.ARCHITECTURES)
+    assert all(row["wrong"] == "0" for row in rows_of(page_coverage.CASES))
+    models = rows_of(page_coverage.ARCHITECTURES)
     assert all(row["loss_equal"] == "True" and float(row["held"]) <= 1 for row in models)
     assert all(float(row["gradients"]) == 0 for row in models if "exact=True" in row["setting"])
 

@@ -192,7 +192,11 @@ class TestExclude:
             ([nn.ModuleDict], set()),
             ([nn.Sequential], {"gelu", "silu"}),
             ([lambda module: isinstance(module, nn.SiLU)], {"silu"}),
-            ([nn.ReLU], set()),
+            pytest.param(
+                ["nothing", nn.ReLU],
+                set(),
+                marks=pytest.mark.filterwarnings("ignore:exclude='nothing' names no module of Model"),
+            ),
         ],
     )
     def test_a_module_and_all_inside_it_are_left_alone(self, model: nn.Module, exclude: object, kept: set[str]) -> None:
