@@ -330,7 +330,7 @@ def _plan_and_kernels(
 ) -> tuple[Plan | None, ModuleType | None]:
     """What act(gate) * up is made with, of the gate or of both; None where it must be made another way."""
     settings = entry.scope._settings
-    if type(first) is not Tensor or not first.requires_grad or _policy.unfit(first):
+    if type(first) is not Tensor or not first.requires_grad or first.is_neg() or _policy.unfit(first):
         return None, None
     with torch._C.DisableTorchFunction():
         gate = first
@@ -352,6 +352,7 @@ def _plan_and_kernels(
 def _are_alike(gate: Tensor, up: Any) -> bool:
     return (
         type(up) is Tensor
+        and not up.is_neg()
         and (gate.shape, gate.stride(), gate.dtype, gate.device) == (up.shape, up.stride(), up.dtype, up.device)
     )  # fmt: skip
 

@@ -146,7 +146,7 @@ class Ledger:
         with self._lock:
             row = self._open(activation, ref, bits, reason, how)
             if row.calls == 0 and ref is not None and (module := ref()) is not None:
-                row.model = weakref.ref(model_of(module))
+                row.model = site.model if site is not None else weakref.ref(model_of(module))
                 row.module_class = type(module).__name__
             row.calls += 1
             return row

@@ -67,7 +67,8 @@ class Site:
 
     Attributes:
         module: whose forward makes the call.
-        model: the outermost module around it.
+        model: the outermost module around it, as seen when a model's first site was last found in a step.
+        trainable: which of the model's parameters require a gradient.
         verdict: what is to be done there.
         output_changes: its output, or the copy, was seen to be changed in place, so that it is never relied upon.
         output_stays: its output was seen to be kept although all that is known to keep it can compute it again.
@@ -89,6 +90,7 @@ class Site:
         "module",
         "output_changes",
         "output_stays",
+        "trainable",
         "verdict",
     )
 
@@ -98,6 +100,7 @@ class Site:
         self._code = code  # kept, so that its address, part of the key, is not used again
         self._training = module.training
         self.output_changes = False
+        self.trainable: weakref.ref[Trainable] | None = None  # it holds the model's parameters
         self.forget()
 
     def forget(self) -> None:
@@ -347,20 +350,24 @@ class Sites:
             self._purge()
         elif site.is_stale(module, step):
             site.forget()
-        model = site.model()
-        if model is not None:
-            self._look_at(model, step)
+        trainable = site.trainable() if site.trainable is not None else None
+        if trainable is None or trainable.looked != step:
+            self._look_at(site, module, step)
         return site
 
-    def _look_at(self, model: nn.Module, step: int) -> None:
-        """Forget a model's sites if a parameter's `requires_grad` has changed: a frozen layer keeps no input."""
+    def _look_at(self, site: Site, module: nn.Module, step: int) -> None:
+        """See which model the site belongs to; forget the sites of that if a parameter's `requires_grad` has changed: a
+        frozen layer keeps no input."""
+        model = model_of(module)
+        site.model = weakref.ref(model)
         trainable = self._models.get(model)
         if trainable is None or step - trainable.listed > LOOK_AGAIN:
             trainable = self._models[model] = Trainable(parameters_of(model), step)
+        site.trainable = weakref.ref(trainable)
         if trainable.looked != step and trainable.changed(step):
-            for site in list(self._sites.values()):  # other threads may add to them
-                if site.model() is model:
-                    site.forget()
+            for mine in list(self._sites.values()):  # other threads may add to them
+                if mine.model() is model:
+                    mine.forget()
 
     def _purge(self) -> None:
         """Drop the sites of modules that are gone."""

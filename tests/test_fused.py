@@ -7,6 +7,7 @@ import gc
 import importlib
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -217,6 +218,31 @@ def test_of_inputs_that_are_not_dense_pytorch_computes_the_activation(view, no_k
     with fewbit.scope(engine="fused", min_bytes=0):
         y = F.gelu(x)
     assert torch.equal(y, F.gelu(x))
+
+
+class Negate(torch.autograd.Function):
+    """Its gradient is negated by a bit of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return -x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch._neg_view(grad)
+
+
+def test_inputs_and_gradients_of_the_other_sign_are_read_with_their_sign() -> None:
+    leaf = torch.randn(64, 32, device=DEVICE).requires_grad_()
+
+    def both(engine: str) -> tuple[Tensor, Tensor]:
+        with fewbit.scope(bits=8, engine=engine, min_bytes=0):
+            y = F.gelu(torch._neg_view(leaf * 1.0))
+        return y.detach(), torch.autograd.grad(Negate.apply(y).square().sum(), leaf)[0]
+
+    (y, found), (expected_y, expected) = both("fused"), both("hooks")
+    torch.testing.assert_close(y, expected_y)
+    torch.testing.assert_close(found, expected)
 
 
 def test_engine_auto_is_the_hooks() -> None:

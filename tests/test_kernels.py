@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import gc
 import importlib
+import os
+import platform
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -318,6 +322,30 @@ def test_an_output_of_other_strides_is_read_in_the_order_of_the_result(kernels: 
         assert torch.equal(decoded, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_whose_sign_is_a_bit_of_the_tensor_are_read_with_it(kernels: Kernels, dtype: torch.dtype) -> None:
+    for x in (torch.randn(64).to(dtype), torch.randn(8, 16).to(dtype).t()):
+        negative = torch._neg_view(kernels.there(x))
+        for bits, coder in ((3, ops.Thresholds(boundaries_for(3))), (1, ops.Between(0.1, open_low=True))):
+            assert torch.equal(kernels.module.encode(negative, bits, coder).cpu(), _torch.encode(-x, bits, coder))
+        table, layout = torch.arange(65536).float(), ops.Layout.of(x.float())
+        assert torch.equal(
+            kernels.decode_beside(negative, None, table, layout), _beside.decode_beside(-x, None, table, layout)
+        )
+
+
+def test_a_gradient_whose_sign_is_a_bit_of_the_tensor_is_read_with_it(multiplying: Kernels) -> None:
+    codes, grad = random_codes(64, 3), multiplying.there(torch.randn(64))
+    packed, rows, layout = ops.pack_bits(codes, 3), ops.rows(torch.randn(8), 3), ops.Layout.of(grad)
+    table, y = torch.randn(65536), torch.randn(64)
+    negative = torch._neg_view(grad)
+    for g in (negative, negative[::2].repeat(2)):
+        expected = multiplying.multiply(g.resolve_neg(), packed, rows, 3, layout)
+        assert torch.equal(multiplying.multiply(g, packed, rows, 3, layout), expected)
+        expected = multiplying.multiply_beside(g.resolve_neg(), y, None, table, layout)
+        assert torch.equal(multiplying.multiply_beside(g, y, None, table, layout), expected)
+
+
 @pytest.fixture
 def multiplying() -> Kernels:
     """Those of Triton: numba's need not multiply (`_dispatch.multiply` says why)."""
@@ -457,7 +485,8 @@ def test_where_it_works_the_kernels_are_used_and_a_step_is_what_it_was(
     assert coded
     assert str(ops.backend(kernels.device)) == kernels.package
     plain = _dispatch.Backend(None, "as a test has it")
-    monkeypatch.setitem(_dispatch._found, (kernels.device, f"_{kernels.package}"), plain)
+    (key,) = _dispatch._found
+    monkeypatch.setitem(_dispatch._found, key, plain)
     coded.clear()
     assert all(map(torch.equal, with_kernels, gradients()))
     assert not coded
@@ -488,6 +517,23 @@ def test_where_it_does_not_work_plain_torch_serves_and_a_warning_says_why_once(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ops.encode(x, 1, coder)
+
+
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="every 64-bit ARM converts float32 to float16"
+)
+def test_no_loop_is_compiled_for_a_processor_that_lacks_what_it_takes() -> None:
+    pytest.importorskip("numba", reason="numba is not installed")
+    script = """
+import torch, warnings
+from fewbit_hooks import ops
+with warnings.catch_warnings(record=True) as warned:
+    warnings.simplefilter("always")
+    assert ops.encode(torch.ones(8), 1, ops.Thresholds([0.0])).tolist() == [255]
+assert "does not convert float32 to float16; it is coded in plain torch" in str(warned[0].message), warned
+"""
+    environment = {**os.environ, "NUMBA_CPU_NAME": "generic"}
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, env=environment)
 
 
 @pytest.mark.usefixtures("not_yet_asked")

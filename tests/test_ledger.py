@@ -185,6 +185,18 @@ def test_rows_name_the_module_as_the_model_does() -> None:
     assert y.requires_grad
 
 
+def test_rows_name_a_module_as_the_model_does_that_was_run_alone_before() -> None:
+    model, x = nn.Sequential(nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.GELU())), torch.randn(64, 64)
+    memory = fewbit.scope(min_bytes=0)
+    names = []
+    for module in (model[0], model, model, model[0]):
+        with memory:
+            y = module(x)
+        names.append([row.module for row in memory.report().rows])
+        y.sum().backward()
+    assert names == [["1", "2"], ["0.1", "0.2"], ["0.1", "0.2"], ["1", "2"]]
+
+
 def test_a_step_in_two_threads_is_booked_whole() -> None:
     memory = fewbit.scope(min_bytes=0)
 

@@ -36,7 +36,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         assert str(ops.backend(torch.device("cpu"))) == "numba"
     else:
         plain = _dispatch.Backend(None, "as a test has it")
-        monkeypatch.setattr(_dispatch, "_found", {(torch.device("cpu"), "_numba"): plain})
+        monkeypatch.setattr(_dispatch, "_found", {("cpu", "_numba"): plain})
 
 
 @pytest.fixture(autouse=True)

@@ -45,10 +45,14 @@ class Lookup:
 
     Args:
         table: uint8, the code of each of the 65,536 values in the order of their bits; on the device of the chunks.
+
+    Attributes:
+        ways: what a backend remembers of the coder, by dtype; so in the other coders.
     """
 
     def __init__(self, table: Tensor) -> None:
         self.table = table
+        self.ways: dict[torch.dtype, Any] = {}
 
     def __call__(self, chunk: Tensor) -> Tensor:
         return self.of(chunk.view(torch.uint16))
@@ -85,6 +89,7 @@ class Thresholds:
         self._limits: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._scales = {torch.float32: _float16.find_scale(boundaries), torch.float16: 1.0, torch.bfloat16: 1.0}
         self._lookups: dict[tuple[torch.dtype, torch.device], Lookup] = {}
+        self.ways: dict[torch.dtype, Any] = {}
 
     def __call__(self, chunk: Tensor) -> Tensor:
         """The codes of a chunk, the fast way where there is one."""
@@ -130,11 +135,15 @@ class Thresholds:
         if scale is None:
             return None
         if (dtype, device) not in self._lookups:
-            bits = torch.arange(1 << 16, dtype=torch.int32, device="cpu").to(torch.uint16)
-            values = bits.view(torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
+            values = _all_sixteen_bits().view(torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
             table = self.bucketize(values.double() / scale)
             self._lookups[dtype, device] = Lookup(put(table, device))
         return self._lookups[dtype, device], scale
+
+
+def _all_sixteen_bits() -> Tensor:
+    """The bits of all 16-bit floats, uint16."""
+    return torch.arange(1 << 16, dtype=torch.int32, device="cpu").to(torch.uint16)
 
 
 def _rounded_down(exact: Tensor, dtype: torch.dtype) -> Tensor:
@@ -172,10 +181,12 @@ class Between:
         self.open_low, self.open_high, self.nan = open_low, open_high, nan
         self._ends = low, high
         self._limits: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._lookups: dict[tuple[torch.dtype, torch.device], Lookup] = {}
+        self.ways: dict[torch.dtype, Any] = {}
 
     def __call__(self, chunk: Tensor) -> Tensor:
         """The codes of a chunk."""
-        low, high = self.limits(chunk.dtype, torch.device("cpu")).tolist()
+        low, high, *_ = self.limits(chunk.dtype, torch.device("cpu")).tolist()
         if self.nan:
             below, beyond = (
                 operator.le if self.open_low else operator.lt,
@@ -191,15 +202,25 @@ class Between:
 
     def limits(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The ends for a kernel to compare inputs of `dtype` with, of the dtype of `Thresholds.limits`: the same of its
-        numbers lie between them.
+        numbers lie between them. Behind them 0 or 1 for `open_low`, `open_high` and `nan`.
         """
         dtype = computed_in(dtype)
         if (dtype, device) not in self._limits:
             low, high = torch.tensor(self._ends, dtype=torch.float64, device="cpu")
             low = _rounded_down(low, dtype) if self.open_low else -_rounded_down(-low, dtype)
             high = -_rounded_down(-high, dtype) if self.open_high else _rounded_down(high, dtype)
-            self._limits[dtype, device] = put(torch.stack([low, high]), device)
+            flags = torch.tensor([self.open_low, self.open_high, self.nan], dtype=dtype, device="cpu")
+            self._limits[dtype, device] = put(torch.cat([torch.stack([low, high]), flags]), device)
         return self._limits[dtype, device]
+
+    def lookup(self, dtype: torch.dtype, device: torch.device) -> tuple[Lookup, float] | None:
+        """As `Thresholds.lookup`: 16-bit dtypes are looked up."""
+        if dtype.itemsize != 2:
+            return None
+        if (dtype, device) not in self._lookups:
+            table = self(_all_sixteen_bits().view(dtype)).to(torch.uint8)
+            self._lookups[dtype, device] = Lookup(put(table, device))
+        return self._lookups[dtype, device], 1.0
 
 
 def sixteen_bits(chunk: Tensor, scale: float = 1.0) -> Tensor:

@@ -49,8 +49,8 @@ class Backend(NamedTuple):
         return self.said if self.kernels is not None else f"plain torch: {self.said}"
 
 
-_found: dict[tuple[torch.device, str], Backend] = {}
-"""By device and name of the module of kernels."""
+_found: dict[tuple[torch.device | str, str], Backend] = {}
+"""By device, the CPU as "cpu", and name of the module of kernels."""
 _lock = threading.Lock()
 
 
@@ -78,16 +78,24 @@ def gated_backend(device: torch.device) -> Backend:
     return fused if fused.kernels is None else _backend(device, "_triton_gated")
 
 
+def _kernels(t: Tensor) -> ModuleType | None:
+    """The kernels that code a tensor; None: plain torch."""
+    # (measured) in a step that has cooled the caches it takes 26 us to make a device, and ask for its type and hash
+    found = _found.get(("cpu", "_numba")) if t.is_cpu and "cpu" not in DEVICE_TYPES else None
+    return (backend(t.device) if found is None else found).kernels
+
+
 def _backend(device: torch.device, name: str) -> Backend:
-    found = _found.get((device, name))
+    key = device if device.type != "cpu" else "cpu", name
+    found = _found.get(key)
     if found is not None:
         return found
     if capturing(device):
         return Backend(None, "a CUDA graph is being captured, and the first look makes the host wait: another time")
     with _lock:
-        if (device, name) not in _found:
-            _found[device, name] = _look(device, name)
-        return _found[device, name]
+        if key not in _found:
+            _found[key] = _look(device, name)
+        return _found[key]
 
 
 def _look(device: torch.device, name: str) -> Backend:
@@ -180,7 +188,7 @@ def encode(x: Tensor, bits: int, coder: Coder) -> Tensor:
     Returns:
         1-D uint8 tensor of `packed_bytes(x.numel(), bits)` elements.
     """
-    kernels = backend(x.device).kernels
+    kernels = _kernels(x)
     packed: Tensor = (_torch if kernels is None else kernels).encode(x, bits, coder)
     return packed
 
@@ -192,7 +200,7 @@ def encode_flagged(x: Tensor, bits: int, thresholds: Thresholds, *, or_infinite:
     >>> codes, flag
     (tensor([3], dtype=torch.uint8), tensor(nan))
     """
-    kernels = backend(x.device).kernels
+    kernels = _kernels(x)
     if kernels is not None and hasattr(kernels, "encode_flagged"):
         both: tuple[Tensor, Tensor] = kernels.encode_flagged(x, bits, thresholds, or_infinite=or_infinite)
         return both
@@ -208,7 +216,7 @@ def decode(packed: Tensor, rows: Tensor, bits: int, layout: Layout) -> Tensor:
         bits: as for `encode`.
         layout: `Layout.of(x)`, with the dtype and device of the stand-ins.
     """
-    kernels = backend(packed.device).kernels
+    kernels = _kernels(packed)
     out: Tensor = (_torch if kernels is None else kernels).decode(packed, rows, bits, layout)
     return out
 
@@ -219,20 +227,19 @@ def decode_beside(output: Tensor, packed: Tensor | None, table: Tensor, layout: 
     Args:
         output, packed, table, layout: as for `_beside.decode_beside`.
     """
-    kernels = backend(output.device).kernels
+    kernels = _kernels(output)
     out: Tensor = (_beside if kernels is None else kernels).decode_beside(output, packed, table, layout)
     return out
 
 
-def _multiplying(device: torch.device) -> ModuleType | None:
+def _multiplying(kernels: ModuleType | None) -> ModuleType | None:
     """The kernels, where they multiply: Triton's."""
-    kernels = backend(device).kernels
     return kernels if hasattr(kernels, "multiply") else None
 
 
 def multiplied_in(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which `multiply` and `multiply_beside` take what they multiply by, and compute."""
-    return dtype if _multiplying(device) is None else computed_in(dtype)
+    return dtype if _multiplying(backend(device).kernels) is None else computed_in(dtype)
 
 
 def multiply(grad: Tensor, packed: Tensor, rows: Tensor, bits: int, layout: Layout) -> Tensor:
@@ -248,7 +255,7 @@ def multiply(grad: Tensor, packed: Tensor, rows: Tensor, bits: int, layout: Layo
         packed, bits: as for `decode`.
         rows: what `rows` made of the factors, in the dtype `multiplied_in`.
     """
-    kernels = _multiplying(packed.device)
+    kernels = _multiplying(_kernels(packed))
     if kernels is not None:
         out: Tensor = kernels.multiply(grad, packed, rows, bits, layout)
         return out
@@ -264,7 +271,7 @@ def multiply_beside(grad: Tensor, output: Tensor, packed: Tensor | None, table: 
         output, packed: as for `decode_beside`.
         table: the same, in the dtype `multiplied_in`.
     """
-    kernels = _multiplying(output.device)
+    kernels = _multiplying(_kernels(output))
     if kernels is not None:
         out: Tensor = kernels.multiply_beside(grad, output, packed, table, layout)
         return out
@@ -286,7 +293,7 @@ def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
     >>> unpack_bits(torch.tensor([209, 0], dtype=torch.uint8), 3, 3)
     tensor([1, 2, 3], dtype=torch.uint8)
     """
-    kernels = backend(packed.device).kernels
+    kernels = _kernels(packed)
     if kernels is None:
         return _torch.unpack_bits(packed, bits, n)
     layout = Layout((n,), (1,), torch.uint8, packed.device)
@@ -304,7 +311,7 @@ def encode_two_values(x: Tensor) -> tuple[Tensor, int] | None:
     """
     if x.dtype == torch.bool:
         return encode(x, 1, _two_values.not_zero), 1
-    kernels = backend(x.device).kernels
+    kernels = _kernels(x)
     found: tuple[Tensor, int] | None = (_two_values if kernels is None else kernels).encode_two_values(x)
     return found
 

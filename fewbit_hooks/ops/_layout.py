@@ -75,10 +75,12 @@ def chunks(x: Tensor, step: int = 0) -> Iterator[tuple[int, Tensor]]:
 def in_memory_order(x: Tensor) -> Tensor:
     """A view of `x` whose elements are in the memory order of its `Layout`: contiguous and 1-D where `x` is dense.
 
+    Of a tensor that has its sign in a bit of its own (`z.conj().imag`) it is a copy, which has it in its elements.
+
     >>> in_memory_order(torch.zeros(2, 3).t()).shape, in_memory_order(torch.zeros(4, 6)[:, ::2].t()).shape
     (torch.Size([6]), torch.Size([4, 3]))
     """
-    in_order = x
+    in_order = x = x.resolve_neg()
     if not x.is_contiguous():
         stride = Layout.of(x).stride
         in_order = x.permute(sorted(range(x.dim()), key=lambda dim: -stride[dim]))

@@ -8,56 +8,113 @@ NOTE [ Compiled loops ]
 1. A loop is compiled when it first meets a dtype, which takes a moment, and kept on disk by numba.
 2. It runs without the GIL: on the calling thread, or, of many elements, on those of torch (NOTE [ Torch's threads ] in
    `_team.py`). Numba's own threads survive no fork.
-3. All loops take the same: `values`, the elements as they lie in memory; `halves`, 16-bit floats by their bits, of
-   which values are looked up; `codes`, packed; a `table`; and the bits of a code. What a loop does not use is empty.
+3. All loops take the same: `source`, what is read; `codes`, packed; a `table`; `target`, what is written; the bits of
+   a code; a scale. What a loop does not use is empty. They are handed over as addresses: each call of torch or numpy
+   that prepares an array takes 5 us and more where a step has cooled the caches. (measured, 24,576 float32 elements in
+   such a step) to encode a bit takes 45 us in place of 105, to decode beside an output 158 in place of 251.
 4. What is only moved (stand-ins, values to be looked up) is moved as integers. So a dtype that numba does not know is
    none of its business, and no NaN changes its bits.
 5. Indices are in range by construction, whatever the data is: numba does not check them.
+6. float32 is rounded to float16 by the processor's own instruction: x86 has had it since 2012 (F16C), every 64-bit ARM
+   has it. By integers it would take longer than all the rest. Where there is none, LLVM calls a function that is not
+   there: then there is no backend.
 
 (measured, AVX-512, two cores, 2^22 float32 elements; in brackets plain torch) encode and decode 3 bits 0.5 ns an
-element (1.2), beside an output 0.6 (1.2), a mask 0.26 (0.9). Of 24,576 elements each takes 11 to 25 us, and 27 to 66.
+element (1.2), beside an output 0.6 (1.2), a mask 0.26 (0.9).
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numba
 import numpy as np
 import torch
-from numba.extending import register_jitable
+from llvmlite import ir
+from numba import types
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic, overload, register_jitable
 from torch import Tensor
 
 from . import _beside, _team, _torch, _two_values
 from ._beside import in_order_of
-from ._coders import Coder, Lookup, Thresholds, sixteen_bits
-from ._layout import INTEGERS, Layout, chunks
+from ._coders import FEW as FEW_IN_TORCH
+from ._coders import Between, Coder, Lookup, Thresholds
+from ._layout import Layout, chunks
 from ._torch import in_a_row, packed_bytes
 from ._two_values import as_integers
 
 if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
     raise ImportError("NUMBA_DISABLE_JIT is set")
+_features = cpu_target.target_context.codegen().magic_tuple()[2]  # that code is made for
+if "+f16c" not in _features and platform.machine() not in ("aarch64", "arm64"):
+    raise ImportError("numba makes code for a processor that does not convert float32 to float16")
 
 Loop = Callable[..., None]
-NONE = np.empty(0, np.uint8)
-NO_HALVES = np.empty(0, np.uint16)
+Types = tuple[Any, Any, Any]
+"""Of the elements of a loop's source, table and target."""
+Way = tuple[Loop, Types, Tensor, float]
+"""The loop, its types, its table and its scale."""
+
+CPU = torch.device("cpu")
+
+FLOATS = {torch.float32: np.float32, torch.float64: np.float64, torch.float16: np.uint16, torch.bfloat16: np.uint16}
+"""As what numba reads floats whose values count: 16-bit ones by their bits, which are looked up."""
+MOVED = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
+"""By size in bytes: as what it moves and compares the others; `_layout.INTEGERS` in its own words."""
 
 
 # --- loops: arithmetic only, and of whole groups of 8 elements: a count that is known is unrolled ---
 
 
+@intrinsic
+def _half(typing_context, value):
+    """The bits of a float32 as a float16."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
+
+    return types.uint16(types.float32), generate
+
+
+def _sixteen_bits(value, scale):
+    """As `_coders.sixteen_bits`: what is looked up of an element."""
+
+
+@overload(_sixteen_bits, inline="always")
+def _typed_sixteen_bits(value, scale):
+    if isinstance(value, types.Integer):
+        return lambda value, scale: value
+    return lambda value, scale: _half(np.float32(value) * np.float32(scale))
+
+
 @register_jitable
-def _encode_lookup(values, halves, codes, table, bits):
+def _encode_lookup(source, codes, table, target, bits, scale):
     """`table`: the code of each 16-bit float."""
-    for group in range(halves.size // 8):
+    for group in range(source.size // 8):
         word = np.uint64(0)
         for i in range(8):
-            word |= np.uint64(table[halves[8 * group + i]]) << np.uint64(i * bits)
+            word |= np.uint64(table[_sixteen_bits(source[8 * group + i], scale)]) << np.uint64(i * bits)
         for byte in range(bits):
             codes[group * bits + byte] = np.uint8(word >> np.uint64(8 * byte))
+
+
+@register_jitable
+def _encode_between(source, codes, table, target, bits, scale):
+    """`table`: `Between.limits`."""
+    low, high = table[0], table[1]
+    open_low, open_high, nan = table[2] != 0, table[3] != 0, table[4] != 0
+    for group in range(source.size // 8):
+        byte = np.uint8(0)
+        for i in range(8):
+            v = source[8 * group + i]
+            outside = (v < low) | (v > high) | (open_low & (v == low)) | (open_high & (v == high))
+            byte |= np.uint8((not outside) & (nan | (v == v))) << np.uint8(i)
+        codes[group] = byte
 
 
 @_team.cached(numba.njit, nogil=True)
@@ -70,13 +127,13 @@ def _first(x):
 
 
 @register_jitable
-def _encode_mask(values, halves, codes, table, bits):
+def _encode_mask(source, codes, table, target, bits, scale):
     """Whether each element is 0 or the other value, `table[0]`; if one is neither, `table[1]` is set to 1."""
     third, other = np.uint8(0), table[0]
-    for group in range(values.size // 8):
+    for group in range(source.size // 8):
         byte = np.uint8(0)
         for i in range(8):
-            v = values[8 * group + i]
+            v = source[8 * group + i]
             one = np.uint8(v != 0)
             third |= np.uint8(one & np.uint8(v != other))
             byte |= one << np.uint8(i)
@@ -86,41 +143,43 @@ def _encode_mask(values, halves, codes, table, bits):
 
 
 @register_jitable
-def _decode_bits(values, halves, codes, table, bits):
-    """1 bit: a choice, which vectors can make."""
-    zero, one = table[0], table[1]
-    for group in range(values.size // 8):
+def _decode_bits(source, codes, table, target, bits, scale):
+    """1 bit: a choice, which vectors can make. `table`: as for `_decode`."""
+    zero, one = table[0], table[table.size >> 1]
+    for group in range(target.size // 8):
         byte = np.uint32(codes[group])
         for i in range(8):
-            values[8 * group + i] = one if (byte >> np.uint32(i)) & np.uint32(1) else zero
+            target[8 * group + i] = one if (byte >> np.uint32(i)) & np.uint32(1) else zero
 
 
 @register_jitable
-def _decode(values, halves, codes, table, bits):
-    low = np.uint64((1 << bits) - 1)
-    for group in range(values.size // 8):
+def _decode(source, codes, table, target, bits, scale):
+    """`table`: rows, of which row c begins with the value of code c."""
+    low, in_row = np.uint64((1 << bits) - 1), np.uint64(table.size >> bits)
+    for group in range(target.size // 8):
         word = np.uint64(0)
         for byte in range(bits):
             word |= np.uint64(codes[group * bits + byte]) << np.uint64(8 * byte)
         for i in range(8):
-            values[8 * group + i] = table[(word >> np.uint64(i * bits)) & low]
+            target[8 * group + i] = table[((word >> np.uint64(i * bits)) & low) * in_row]
 
 
 @register_jitable
-def _decode_beside(values, halves, codes, table, bits):
-    """`halves`: the output; `codes`: the sides."""
-    for group in range(values.size // 8):
+def _decode_beside(source, codes, table, target, bits, scale):
+    """`source`: the output; `codes`: the sides."""
+    for group in range(source.size // 8):
         byte = np.uint32(codes[group])
         for i in range(8):
             side = (byte >> np.uint32(i)) & np.uint32(1)
-            values[8 * group + i] = table[np.uint32(halves[8 * group + i]) + (side << np.uint32(16))]
+            at = np.uint32(_sixteen_bits(source[8 * group + i], scale))
+            target[8 * group + i] = table[at + (side << np.uint32(16))]
 
 
 @register_jitable
-def _decode_from(values, halves, codes, table, bits):
+def _decode_from(source, codes, table, target, bits, scale):
     """The same without sides."""
-    for i in range(values.size):
-        values[i] = table[halves[i]]
+    for i in range(source.size):
+        target[i] = table[_sixteen_bits(source[i], scale)]
 
 
 # --- launchers: they allocate, and run loops; what has no whole groups is left to plain torch ---
@@ -129,89 +188,146 @@ FEW = 1 << 17
 """(measured, 2 cores) fewer elements take the calling thread about as long as it takes the team to begin and end."""
 
 
-def _run(loop: Loop, codes: Any, table: Any, bits: int = 1, *, values: Any = NONE, halves: Any = NO_HALVES) -> None:
-    """Run a loop over all groups."""
-    n = max(values.size, halves.size)
+def _run(
+    loop: Loop,
+    of: Types,
+    n: int,
+    *,
+    source: int = 0,
+    codes: int = 0,
+    table: int = 0,
+    entries: int = 0,
+    target: int = 0,
+    bits: int = 1,
+    scale: float = 1.0,
+) -> None:
+    """Run a loop over n elements in whole groups; all that it takes is given by its address."""
     if n < FEW or _team.threads() == 1:
-        _alone(loop)(values, halves, codes, table, bits)
+        _alone(loop, *of)(n // 8, bits, source, codes, table, entries, target, scale)
         return
-    at = [array.ctypes.data for array in (values, halves, codes, table)]
-    _team.run(_together(loop, values.dtype.type, table.dtype.type), np.array([n // 8, bits, *at, table.size]))
+    job = np.array([n // 8, bits, source, codes, table, entries, target, 0])
+    job.view(np.float64)[-1] = scale
+    _team.run(_together(loop, *of), job)
 
 
 @functools.cache
-def _alone(loop: Loop) -> Any:
+def _alone(loop: Loop, of_source: Any, of_table: Any, of_target: Any) -> Any:
     """The loop on the calling thread."""
-    return _team.cached(numba.njit, nogil=True)(loop)
+
+    @_team.cached(numba.njit, nogil=True)
+    def alone(groups, bits, source, codes, table, entries, target, scale):
+        loop(
+            _team.array_at(source, groups * 8, of_source),
+            _team.array_at(codes, groups * bits, np.uint8),
+            _team.array_at(table, entries, of_table),
+            _team.array_at(target, groups * 8, of_target),
+            bits,
+            scale,
+        )
+
+    return alone
 
 
 @functools.cache
-def _together(loop: Loop, of_values: Any, of_table: Any) -> int:
+def _together(loop: Loop, of_source: Any, of_table: Any, of_target: Any) -> int:
     """The address of the loop as a region of torch's team: each thread's share of the groups."""
-    size = of_values().itemsize
+    of_one, of_other = 8 * of_source().itemsize, 8 * of_target().itemsize
 
     @_team.region
     def region(data):
         job = _team.job_at(data)
-        first, n = _team.share_of(job[0])
+        first, groups = _team.share_of(job[0])
         bits = job[1]
-        values = _team.array_at(job[2] + first * 8 * size, n * 8, of_values)
-        halves = _team.array_at(job[3] + first * 8 * 2, n * 8, np.uint16)
-        codes = _team.array_at(job[4] + first * bits, n * bits, np.uint8)
-        loop(values, halves, codes, _team.array_at(job[5], job[6], of_table), bits)
+        loop(
+            _team.array_at(job[2] + first * of_one, groups * 8, of_source),
+            _team.array_at(job[3] + first * bits, groups * bits, np.uint8),
+            _team.array_at(job[4], job[5], of_table),
+            _team.array_at(job[6] + first * of_other, groups * 8, of_target),
+            bits,
+            _team.scale_of(data),
+        )
 
     address: int = region.address
     return address
 
 
+def _pieces(x: Tensor) -> Iterable[tuple[int, Tensor]]:
+    """As `chunks`, of a tensor of whole groups; one that is contiguous is a single piece, and not looked at further."""
+    if x.is_contiguous() and not x.is_neg():
+        return ((0, x),)
+    return chunks(x.detach())
+
+
 def encode(x: Tensor, bits: int, coder: Coder) -> Tensor:
     """As `_torch.encode`, byte for byte.
 
-    A coder that looks nothing up (a predicate, thresholds of float64) is left to that.
+    A coder that neither compares nor looks up (a predicate, thresholds of float64) is left to that.
     """
-    found = coder.lookup(x.dtype, x.device) if isinstance(coder, (Lookup, Thresholds)) else None
-    if found is None or x.numel() % 8:
+    n = x.numel()
+    way = _way(coder, x.dtype) if not n % 8 and isinstance(coder, (Lookup, Thresholds, Between)) else None
+    if way is None:
         return _torch.encode(x, bits, coder)
-    table, scale = found[0].table.numpy(), found[1]
-    packed = torch.empty(packed_bytes(x.numel(), bits), dtype=torch.uint8, device=x.device)
-    codes = packed.numpy()
-    for begin, chunk in chunks(x.detach()):
-        _run(_encode_lookup, codes[begin // 8 * bits :], table, bits, halves=sixteen_bits(chunk, scale).numpy())
+    loop, of, table, scale = way
+    packed = torch.empty(packed_bytes(n, bits), dtype=torch.uint8, device=CPU)
+    at, entries = packed.data_ptr(), table.numel()
+    for begin, piece in _pieces(x):
+        codes, elements = at + begin // 8 * bits, piece.numel()
+        _run(
+            loop, of, elements, source=piece.data_ptr(), codes=codes, table=table.data_ptr(), entries=entries,
+            bits=bits, scale=scale,
+        )  # fmt: skip
     return packed
+
+
+def _way(coder: Lookup | Thresholds | Between, dtype: torch.dtype) -> Way | None:
+    """How elements of the dtype are coded; None where no loop does it. The coder remembers it."""
+    if dtype not in coder.ways:
+        found = coder.lookup(dtype, CPU)
+        if found is not None:
+            coder.ways[dtype] = _encode_lookup, (FLOATS[dtype], np.uint8, np.uint8), found[0].table, found[1]
+        elif isinstance(coder, Between):
+            of = FLOATS[dtype]
+            coder.ways[dtype] = _encode_between, (of, of, np.uint8), coder.limits(dtype, CPU), 1.0
+        else:
+            coder.ways[dtype] = None
+    way: Way | None = coder.ways[dtype]
+    return way
 
 
 def encode_two_values(x: Tensor) -> tuple[Tensor, int] | None:
     """As `_two_values.encode_two_values`."""
     if x.numel() % 8:
         return _two_values.encode_two_values(x)
-    packed = torch.empty(packed_bytes(x.numel(), 1), dtype=torch.uint8, device=x.device)
-    codes, other = packed.numpy(), 0
-    for begin, chunk in chunks(as_integers(x.detach())):
-        values = chunk.numpy()
-        other = other or int(_first(values))
+    packed = torch.empty(packed_bytes(x.numel(), 1), dtype=torch.uint8, device=CPU)
+    other, moved = 0, MOVED[x.element_size()]
+    for begin, piece in chunks(as_integers(x.detach())):
+        other = other or int(_first(piece.numpy()))
         if other < 0:
             return None
-        table = np.array([other, 0], values.dtype)
-        _run(_encode_mask, codes[begin // 8 :], table, values=values)
+        table = np.array([other, 0], moved)
+        _run(
+            _encode_mask, (moved, moved, np.uint8), piece.numel(), source=piece.data_ptr(),
+            codes=packed.data_ptr() + begin // 8, table=table.ctypes.data, entries=2,
+        )  # fmt: skip
         if table[1]:
             return None
     return packed, other
 
 
 def decode(packed: Tensor, rows: Tensor, bits: int, layout: Layout) -> Tensor:
-    """As `_torch.decode`, bit for bit; and by that where an index of a row is a byte or two, which its gather reads."""
+    """As `_torch.decode`, bit for bit; and by that, of many elements, where an index of a row is a byte or two, which
+    its gather reads."""
     in_row = in_a_row(rows, bits)
-    n = math.prod(layout.shape)
-    if bits in (2, 4, 8) or n % 8:
+    n, size = math.prod(layout.shape), layout.dtype.itemsize
+    small = rows.element_size() < in_row * size  # rows of int8, to be converted
+    if n % 8 or (n > FEW_IN_TORCH and bits in (2, 4, 8)) or (small and size < 4):
         return _torch.decode(packed, rows, bits, layout)
+    of_table, of_target = (np.int8, FLOATS[layout.dtype]) if small else (MOVED[size], MOVED[size])
     out = layout.empty()
-    as_bits = INTEGERS[out.element_size()]
-    small = rows.element_size() < in_row * out.element_size()  # rows of int8, to be converted
-    # the first value of row c is that of code c, the others those of code 0
-    values = rows.view(torch.int8 if small else as_bits)[: in_row << bits : in_row]
-    table = (values.to(out.dtype).view(as_bits) if small else values).contiguous().numpy()
-    flat = out.as_strided((n,), (1,)).view(as_bits).numpy()
-    _run(_decode_bits if bits == 1 else _decode, packed.numpy(), table, bits, values=flat)
+    _run(
+        _decode_bits if bits == 1 else _decode, (np.uint8, of_table, of_target), n, codes=packed.data_ptr(),
+        table=rows.data_ptr(), entries=in_row << bits, target=out.data_ptr(), bits=bits,
+    )  # fmt: skip
     return out
 
 
@@ -220,10 +336,12 @@ def decode_beside(output: Tensor, packed: Tensor | None, table: Tensor, layout: 
     if output.numel() % 8:
         return _beside.decode_beside(output, packed, table, layout)
     out = layout.empty()
-    as_bits = INTEGERS[out.element_size()]
-    whole, entries = out.as_strided((out.numel(),), (1,)).view(as_bits).numpy(), table.view(as_bits).numpy()
-    sides, loop = (NONE, _decode_from) if packed is None else (packed.numpy(), _decode_beside)
-    for begin, chunk in chunks(in_order_of(layout, output.detach())):
-        values = whole[begin : begin + chunk.numel()]
-        _run(loop, sides[begin // 8 :], entries, values=values, halves=sixteen_bits(chunk).numpy())
+    size = layout.dtype.itemsize
+    of = FLOATS[output.dtype], MOVED[size], MOVED[size]
+    sides, loop = (0, _decode_from) if packed is None else (packed.data_ptr(), _decode_beside)
+    for begin, piece in _pieces(output if output.stride() == layout.stride else in_order_of(layout, output.detach())):
+        _run(
+            loop, of, piece.numel(), source=piece.data_ptr(), codes=sides + begin // 8, table=table.data_ptr(),
+            entries=table.numel(), target=out.data_ptr() + begin * size,
+        )  # fmt: skip
     return out

@@ -31,8 +31,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
-JOB = 7
-"""Numbers, int64, that a region is handed; the first is how many groups there are."""
+JOB = 8
+"""Numbers, int64, that a region is handed: the first is how many groups there are, the last the bits of a float64."""
 
 _THREAD, _THREADS = "omp_get_thread_num", "omp_get_num_threads"
 _thread = types.ExternalFunction(f"fewbit_hooks_{_THREAD}", types.int32())
@@ -76,6 +76,12 @@ def array_at(address, size, dtype):
 def job_at(data):
     """The job, in a region."""
     return numba.carray(data, (JOB,), np.int64)
+
+
+@register_jitable
+def scale_of(data):
+    """The last number of the job, in a region."""
+    return numba.carray(data, (JOB,), np.float64)[JOB - 1]
 
 
 @register_jitable
