@@ -48,7 +48,7 @@ def run_again(
     row = ledger.row(name, 0, how=RECOMPUTED)
     if primitives.keeps_x:
         ledger.original(row, x)
-    ledger.stored(row, 0 if primitives.keeps_x else x.nbytes, never_kept=primitives.never_kept(x))
+    ledger.stored(row, 0 if primitives.keeps_x else ledger.newly_held(x), never_kept=primitives.never_kept(x))
     saves = _Saves(name, forward, arguments)
     hook = _PackHook(name, saves, ledger.step)
     try:

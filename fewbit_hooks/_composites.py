@@ -78,10 +78,10 @@ class Facts:
     reason: str
     primitives: Saves
 
-    def gains(self, composite: Composite) -> bool:
+    def gains(self, composite: Composite, x: Tensor) -> bool:
         """Whether less is kept if it is treated as a whole."""
         if composite.call is None:
-            return self.primitives.gain >= _recompute.GAIN
+            return self.primitives.gain(x) >= _recompute.GAIN
         return self.primitives.extra > 0
 
     def anchors(self, x: Tensor) -> bool:
@@ -217,7 +217,7 @@ def _run_in_scope(entry: _stack.Entry, composite: Composite, module: nn.Module, 
     run_it = functools.partial(_stack.with_modes, composite.forward, module, x)
     if composite.call is not None:
         facts = _known(module, x)
-        if facts is not None and not facts.reason and not facts.gains(composite):
+        if facts is not None and not facts.reason and not facts.gains(composite, x):
             return run_it()  # a native node, which the mode sees
         return _run_activation(entry, composite, module, x, run_it, facts)
     settings, ledger = entry.scope._settings, entry.scope._ledger
@@ -236,7 +236,7 @@ def _run_in_scope(entry: _stack.Entry, composite: Composite, module: nn.Module, 
         ledger.passed(composite.name, str(keep), 0)
         return run_it()
     forward = _Shell(composite, module)
-    if facts.gains(composite):
+    if facts.gains(composite, x):
         return _recompute.again(ledger, composite.name, run_it, forward, x, parameters, facts.primitives)
     y = run_it()
     if facts.anchors(x):
@@ -263,7 +263,7 @@ def _run_activation(
         facts = facts or look_at(composite, module, x)
         if facts.reason:
             raise Keep(facts.reason)
-        if not facts.gains(composite):
+        if not facts.gains(composite, x):
             return run_it()  # a native node, which the mode sees
         forward = _Shell(composite, module)
         if settings.exact:

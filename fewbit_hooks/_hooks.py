@@ -18,7 +18,7 @@ that it holds, the input above all, when its call is over.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -126,9 +126,21 @@ class Beside:
         """Whether the output has been changed in place."""
         return self.output is not None and version_of(self.output) != self.version
 
+    def lies_in(self, storage: int) -> bool:
+        """Whether the output lies in the storage of that address."""
+        return self.output is not None and local_part(self.output).untyped_storage()._cdata == storage
+
+    def held_alone(self) -> int:
+        """The bytes of the output's storage, if nobody else holds it."""
+        plain = type(self.output) is Tensor and owners(self.output) == 1
+        return self.output.untyped_storage().nbytes() if plain and self.output is not None else 0
+
     def rely_on_a_copy(self) -> None:
-        """Somebody may change the output without a trace; the input, from which codes would be made, is gone."""
-        if type(self.output) is Tensor:
+        """Somebody may change the output without a trace; the input, from which codes would be made, is gone.
+
+        Where it has been changed already, that stays to be said.
+        """
+        if type(self.output) is Tensor and not self.has_changed():
             self.output = self.output.clone()
             self.version = self.output._version
 
@@ -182,6 +194,39 @@ def unpack(packed: Packed | Beside | Kept | Handed | Whole) -> Tensor:
     return packed.unpack()
 
 
+def owners(t: Tensor) -> int:
+    """How many tensors, the caller's included, lie on the storage of `t`."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    if count is None:  # a torch that cannot tell: somebody may hold it
+        return 2
+    found: int = count(t.untyped_storage()._cdata)
+    return found - 1  # the Python object of the storage
+
+
+def latest_node(tensors: Iterable[Tensor]) -> int:
+    """The number of the latest node that made one of them; -1 where none did."""
+    return max((t.grad_fn._sequence_nr() for t in tensors if t.grad_fn is not None), default=-1)
+
+
+def saved_since(before: int, results: Iterable[Tensor]) -> Iterator[Tensor]:
+    """What a call's nodes have saved, which was made without hooks.
+
+    Args:
+        before: `latest_node` of its arguments, before the call: it may change them in place.
+    """
+    nodes: list[Any] = [y.grad_fn for y in results]
+    seen: set[Any] = set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen or node._sequence_nr() <= before:  # it was there before the call
+            continue
+        seen.add(node)
+        for name in dir(node):
+            if name.startswith("_saved_") and isinstance(t := getattr(node, name), Tensor):
+                yield t
+        nodes.extend(following for following, _ in node.next_functions)
+
+
 def nbytes(t: Tensor | None) -> int:
     """The bytes of what may be none."""
     return 0 if t is None else t.nbytes
@@ -205,7 +250,7 @@ def begin_backward(name: str, step: Step) -> None:
             "`with fewbit_hooks.scope(bits=None):` to keep it exact."
         )
     if not step.backward_began:
-        step.begin_backward()
+        step.begin_backward(late=True)
 
 
 class PackHook:
@@ -305,9 +350,11 @@ class PackHook:
         """The call has its output."""
         for packed in self._beside:
             packed.rely_on(y)
+        if self._keep:
+            self._ledger.ends_at(y)
         if self._site is not None and self._saved:
             treated = Verdict.OUTPUT if self._beside else Verdict.CODES
-            self._ledger.watch(Watch(self._site, self._saved, y, treated, self._beside))
+            self._ledger.watch(Watch(self._site, self._saved, y, treated, self._beside, self._row))
 
     def release(self) -> None:
         """The call is over; see the note above."""

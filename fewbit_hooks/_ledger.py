@@ -11,7 +11,7 @@ found expired. It looks
 
 from then on a storage still there counts as held, because later nodes release theirs as they run, and a shared tensor
 would look freed. Where nothing is seen of the beginning of a backward, its latest sign is the first unpack, or that it
-comes to the node of a call that is left as it is.
+comes to the node of a call that is left as it is. That is too late for a look, if there was one since the forward.
 
 A *step* is all that is recorded from then until something is saved again: the report is about the latest one.
 """
@@ -78,21 +78,31 @@ class Step:
     number: int = 0
     rows: dict[RowKey, Row] = field(default_factory=dict)
     pending: dict[int, Pending] = field(default_factory=dict)
+    held: dict[int, StorageWeakRef] = field(default_factory=dict)
     watches: list[_sites.Watch] = field(default_factory=list)
     backward_began: bool = False
+    swept: bool = False  # since the latest storage was added
     sweep_at: int = SWEEP
 
-    def begin_backward(self) -> None:
-        """The last moment at which what is held can be told from what is freed."""
+    def begin_backward(self, *, late: bool = False) -> None:
+        """The last moment at which what is held can be told from what is freed.
+
+        Args:
+            late: nodes nearer the loss may have released what they held: a look since the forward ended is better.
+        """
         with self.lock:
             if not self.backward_began and self.rows:
-                self.look()
+                if not (late and self.swept):
+                    self.sweep()
+                self.look_at_watches(late=late)
                 self.backward_began = True
+            else:  # another began inside the forward, whose calls are still to be looked at
+                self.look_at_watches()
 
     def unpacked(self) -> None:
         """What was packed is asked for: by a backward, whose latest sign this is, or by somebody who looks on."""
         if not self.backward_began and torch._C._current_graph_task_id() != -1:
-            self.begin_backward()
+            self.begin_backward(late=True)
 
     def reached(self, _: object) -> None:
         """A backward has come to the node of a call that is left as it is, and so has nothing to unpack."""
@@ -108,11 +118,17 @@ class Step:
     def look(self) -> None:
         """See which storages are gone, and learn of it what is kept."""
         self.sweep()
+        self.look_at_watches()
+
+    def look_at_watches(self, *, late: bool = False) -> None:
+        """Learn of the calls whose modules have returned."""
         if self.watches:
-            self.watches = _sites.look(self.watches, set(enclosing_modules()), self.number)
+            self.watches = _sites.look(self.watches, set(enclosing_modules()), self.number, late=late)
 
     def sweep(self) -> None:
         """Strike off the storages that are gone."""
+        self.swept = True
+        self.held = {key: ref for key, ref in self.held.items() if not ref.expired()}
         for key, pending in list(self.pending.items()):
             # a kept tensor's storage may end too (its graph was dropped): only what was coded counts as freed
             gone = pending.storage.expired() and self.pending.pop(key, None) is not None
@@ -160,7 +176,8 @@ class Ledger:
 
     def _open(self, activation: str, module: ModuleRef | None, bits: int | None, reason: str, how: str = KEPT) -> Row:
         if self.step.backward_began:
-            self.step = Step(self._lock, self.step.number + 1)
+            # a forward that goes on after a backward inside it, or on another thread, is still to be looked at
+            self.step = Step(self._lock, self.step.number + 1, watches=self.step.watches)
         key = activation, module, bits, reason, how
         row = self.step.rows.get(key)
         if row is None:
@@ -198,10 +215,24 @@ class Ledger:
             # The weak reference keeps the (empty) StorageImpl, so its address names it as long as the entry lasts.
             ref = StorageWeakRef(storage)
             pending[storage._cdata] = Pending(ref, nbytes, row)
+            self.step.swept = False
             if len(pending) >= self.step.sweep_at:
                 self.step.sweep()
                 self.step.sweep_at = max(SWEEP, 2 * len(self.step.pending))
             return ref
+
+    def newly_held(self, tensor: Tensor) -> int:
+        """The bytes of a storage that is held for backward and that stock autograd would not have kept; 0 where it is
+        held already."""
+        storage = tensor.untyped_storage()
+        with self._lock:
+            if storage._cdata in self.step.pending or storage._cdata in self.step.held:
+                return 0
+            self.step.held[storage._cdata] = StorageWeakRef(storage)
+            if len(self.step.held) >= self.step.sweep_at:
+                self.step.sweep()
+                self.step.sweep_at = max(SWEEP, 2 * len(self.step.held))
+            return storage.nbytes()
 
     def ends_at(self, y: Tensor) -> None:
         """The step is over when a backward comes to the node of `y`."""
@@ -220,6 +251,8 @@ class Ledger:
         with self._lock:
             if not self.step.backward_began:
                 self.step.look()
+            else:
+                self.step.look_at_watches()
 
     def rows(self) -> list[Row]:
         """The rows of the latest step."""

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from . import _policy, _recipes, _recompute, ops
 from ._around import Hooks, change_codes
-from ._hooks import NO_GAIN, Handed, HandedCodes, Kept, keep
+from ._hooks import NO_GAIN, Handed, HandedCodes, Kept, keep, latest_node, owners, saved_since
 from ._ledger import CODES, Ledger, Row, Step
 from ._mask_calls import MaskCall
 from ._policy import Keep
@@ -99,6 +99,9 @@ def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: 
     try:
         with torch.autograd.graph.saved_tensors_hooks(hook, _unpack):
             y = func(*args, **kwargs)
+        if hook.kept:
+            for made in _tensors_of(y):
+                ledger.ends_at(made)
         plain = func in PLAIN_DROPOUT and not given.get("inplace")
         if entry.recomputes and plain and hook.packed is not None and isinstance(y, Tensor):
             _recompute.note_dropout(x, y, hook.packed, given.get("p", 0.5))
@@ -150,6 +153,7 @@ class WaitingMask:
 
     def unpack(self) -> Tensor:
         """The mask, packed or not."""
+        self._step.unpacked()
         return self._content.unpack()
 
     def look(self) -> bool:
@@ -157,7 +161,7 @@ class WaitingMask:
         kept = self._content
         assert isinstance(kept, Kept)
         mask = kept.tensor
-        if _owners(mask) == 1 and mask._version == kept.version and self._may_work_on(mask):
+        if owners(mask) == 1 and mask._version == kept.version and self._may_work_on(mask):
             with torch._C.DisableTorchFunction():
                 packed = PackedMask(mask, ops.encode(mask, 1, ops.not_zero), 1, self._step)
             with self._step.lock:
@@ -188,15 +192,6 @@ def look_again() -> None:
         _waiting.masks = [ref for ref in _waiting.masks if (waiting := ref()) is not None and waiting.look()]
 
 
-def _owners(t: Tensor) -> int:
-    """How many tensors, the caller's included, lie on the storage of `t`."""
-    count = getattr(torch._C, "_storage_Use_Count", None)
-    if count is None:  # a torch that cannot tell: somebody may hold it
-        return 2
-    owners: int = count(t.untyped_storage()._cdata)
-    return owners - 1  # the Python object of the storage
-
-
 def _unpack(packed: PackedMask | WaitingMask | Kept | Handed) -> Tensor:
     return packed.unpack()
 
@@ -209,7 +204,7 @@ class MaskHook:
         anchors: what is no mask, and so kept, serves to compute others again.
     """
 
-    __slots__ = ("_anchors", "_arguments", "_around", "_call", "_in_hand", "_ledger", "_min_bytes", "packed")
+    __slots__ = ("_anchors", "_arguments", "_around", "_call", "_in_hand", "_ledger", "_min_bytes", "kept", "packed")
 
     def __init__(
         self,
@@ -229,6 +224,7 @@ class MaskHook:
         self._ledger = ledger
         self._min_bytes = min_bytes
         self.packed: PackedMask | None = None
+        self.kept = False
 
     def __call__(self, t: Tensor) -> PackedMask | WaitingMask | Kept | Handed:
         call, ledger = self._call, self._ledger
@@ -272,6 +268,7 @@ class MaskHook:
         return kept
 
     def _keep(self, t: Tensor, reason: str) -> Kept | Handed:
+        self.kept = True
         self._ledger.original(self._ledger.row(self._call.name, None, reason), t)
         return keep(t, self._call.name, self._around)
 
@@ -292,27 +289,21 @@ def _may_be_a_mask(t: Tensor, arguments: set[int]) -> bool:
     )
 
 
+def _tensors_of(result: Any) -> list[Tensor]:
+    return [y for y in (result if isinstance(result, tuple) else (result,)) if isinstance(y, Tensor)]
+
+
 def _keep(ledger: Ledger, call: MaskCall, reason: str, tensors: list[Tensor], run_it: Callable[[], Any]) -> Any:
     """Make the call without hooks, and count the masks that its nodes saved."""
     arguments = _arguments(call, tensors)
-    before = max((t.grad_fn._sequence_nr() for t in tensors if t.grad_fn is not None), default=-1)
-    row = ledger.row(call.name, None, reason)
+    row, before = ledger.row(call.name, None, reason), latest_node(tensors)
     result = run_it()
-    made = [y for y in (result if isinstance(result, tuple) else (result,)) if isinstance(y, Tensor)]
+    made = _tensors_of(result)
     for y in made:
         ledger.ends_at(y)
-    nodes = [y.grad_fn for y in made]
-    seen: set[Any] = set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen or node._sequence_nr() <= before:  # it was there before the call
-            continue
-        seen.add(node)
-        for name in dir(node):
-            t = getattr(node, name) if name.startswith("_saved_") else None
-            if isinstance(t, Tensor) and _may_be_a_mask(t, arguments) and (t.dtype == torch.bool or not t.is_cuda):
-                with torch._C.DisableTorchFunction():
-                    if ops.second_value(t) is not None:
-                        ledger.original(row, t)
-        nodes.extend(following for following, _ in node.next_functions)
+    for t in saved_since(before, made):
+        if _may_be_a_mask(t, arguments) and (t.dtype == torch.bool or not t.is_cuda):
+            with torch._C.DisableTorchFunction():
+                if ops.second_value(t) is not None:
+                    ledger.original(row, t)
     return result

@@ -22,8 +22,9 @@ product in float32 and it would be rounded twice.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,9 +32,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import _policy, ops
-from ._around import Receipt
+from ._around import Hooks
 from ._errors import FewbitError
-from ._hooks import Beside, begin_backward, flagged, nbytes
+from ._hooks import Beside, HandedCodes, begin_backward, flagged, nbytes
 from ._inverse import Inverse, Itself
 from ._ledger import CODES, OUTPUT, Ledger, Row
 from ._plan import Plan
@@ -55,9 +56,36 @@ def serves(plan: Plan, x: Tensor, inverse: Inverse | Itself | None) -> bool:
     return inverse is not None or not plan.reason_to_keep(x)
 
 
+_NOTHING = torch.empty(0, device="cpu")
+
+
+class _Handover:
+    """A pack hook that puts something of ours in the place of the first tensor that the node saves.
+
+    So it is autograd's, which lets go of it when the backward is over, and not the node's, which a loss that is kept
+    keeps alive.
+    """
+
+    __slots__ = ("packed",)
+
+    def __init__(self) -> None:
+        self.packed: Beside | HandedCodes | None = None
+
+    def __call__(self, t: Tensor) -> Beside | HandedCodes | Tensor:
+        packed, self.packed = self.packed, None
+        return t if packed is None else packed
+
+
+def _taken_back(packed: Beside | HandedCodes | Tensor) -> Tensor:
+    """The unpack hook: the output that is relied on, or the codes."""
+    if isinstance(packed, Beside):
+        return packed.relied_on()
+    return packed.unpack() if isinstance(packed, HandedCodes) else packed
+
+
 @dataclass(slots=True)
 class _Call:
-    """What `run_coded` was given."""
+    """What `run_coded` was given, and what is put in the place of what its node saves."""
 
     plan: Plan
     ledger: Ledger
@@ -66,6 +94,8 @@ class _Call:
     inverse: Inverse | None
     fused: Callable[[], tuple[Tensor, Tensor, Tensor | None]] | None
     primitives: Saves | None
+    around: Hooks | None
+    handover: _Handover = field(default_factory=_Handover)
 
 
 def run_coded(
@@ -88,8 +118,11 @@ def run_coded(
         fused: computes, in place of `run`, the result, the codes and a flag, see `Plan.encode`.
         primitives: what those of the forward would have saved; None: it is one node of PyTorch's.
     """
-    call = _Call(plan, ledger, run, site, inverse, fused, primitives)
-    y: Tensor = _Coded.apply(x, call)  # type: ignore[no-untyped-call]
+    call = _Call(plan, ledger, run, site, inverse, fused, primitives, _policy.innermost_hooks())
+    hands_over = inverse is not None or call.around is not None
+    hooks = torch.autograd.graph.saved_tensors_hooks(call.handover, _taken_back)
+    with hooks if hands_over else contextlib.nullcontext():
+        y: Tensor = _Coded.apply(x, call)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -108,27 +141,29 @@ class _Coded(torch.autograd.Function):
                 codes, flag = plan.encode(x)
             else:
                 codes = ops.encode(x, 1, inverse.side) if inverse.bits else None
-        ctx.beside, ctx.flag = None, flag
+        beside: list[Beside] = []
         if inverse is None:
             row = ledger.row(name, plan.bits, how=CODES, site=call.site)
-            ctx.save_for_backward(codes)  # others' hooks are handed them
-            around = _policy.innermost_hooks()
-            ctx.receipt = Receipt(codes, around) if around is not None and codes is not None else None
+            ctx.save_for_backward(codes)
+            if call.around is not None and codes is not None:
+                call.handover.packed = HandedCodes(codes, call.around)
         else:
             row = ledger.row(name, inverse.bits, how=OUTPUT, site=call.site)
-            ctx.beside = Beside(codes, inverse.slope, layout, layout, name, ledger.step)
-            ctx.beside.rely_on(y)
+            beside = [Beside(codes, inverse.slope, layout, layout, name, ledger.step)]
+            beside[0].rely_on(y)
+            ctx.save_for_backward(_NOTHING, codes)
+            call.handover.packed = beside[0]
         storage, never_kept = _count_original(row, call, x, y)
         ledger.stored(row, nbytes(codes) + nbytes(flag), never_kept=never_kept)
         if call.site is not None:
-            treated, beside = (Verdict.CODES, []) if inverse is None else (Verdict.OUTPUT, [ctx.beside])
-            ledger.watch(Watch(call.site, [storage] if storage is not None else [], y, treated, beside))
-        ctx.plan, ctx.layout, ctx.inverse, ctx.step = plan, layout, inverse, ledger.step
+            treated = Verdict.CODES if inverse is None else Verdict.OUTPUT
+            ledger.watch(Watch(call.site, [storage] if storage is not None else [], y, treated, beside, row))
+        ctx.plan, ctx.layout, ctx.inverse, ctx.step, ctx.flag = plan, layout, inverse, ledger.step, flag
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return (_from_codes if ctx.beside is None else _from_output)(ctx, grad), None
+        return (_from_codes if ctx.inverse is None else _from_output)(ctx, grad), None
 
 
 def _count_original(row: Row, call: _Call, x: Tensor, y: Tensor) -> tuple[StorageWeakRef | None, int]:
@@ -145,8 +180,6 @@ def _from_codes(ctx: Any, grad: Tensor) -> Tensor:
     plan, layout, flag = ctx.plan, ctx.layout, ctx.flag
     begin_backward(plan.activation.name, ctx.step)
     (codes,) = ctx.saved_tensors
-    if ctx.receipt is not None:
-        codes = ctx.receipt.redeem(codes)
     with torch._C.DisableTorchFunction():
         if _is_like(grad, layout):
             rows = plan.level_rows(ops.multiplied_in(layout.dtype, layout.device), layout.device)
@@ -156,12 +189,12 @@ def _from_codes(ctx: Any, grad: Tensor) -> Tensor:
 
 
 def _from_output(ctx: Any, grad: Tensor) -> Tensor:
-    beside, layout = ctx.beside, ctx.layout
+    (output, packed), layout = ctx.saved_tensors, ctx.layout
     with torch._C.DisableTorchFunction():
         if _is_like(grad, layout):
-            product: Tensor = ctx.inverse.product(grad, beside.relied_on(), beside.packed, layout)
+            product: Tensor = ctx.inverse.product(grad, output, packed, layout)
             return product
-        return _product(beside.unpack(), grad)
+        return _product(layout.like(ctx.inverse.slope(output, packed, layout)), grad)
 
 
 def _is_like(grad: Tensor, layout: ops.Layout) -> bool:

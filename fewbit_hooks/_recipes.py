@@ -296,6 +296,7 @@ class _Known(threading.local):
     def __init__(self) -> None:
         self.origins: dict[int, Origin] = {}
         self.anchors: dict[int, weakref.ref[Any]] = {}
+        self.exposed: dict[int, StorageWeakRef] = {}  # as long as one is held its address names no other
         self.purge_at = KNOWN
 
     def anchor(self, storage: int) -> Tensor | None:
@@ -308,10 +309,14 @@ class _Known(threading.local):
         return kept
 
     def purge(self) -> None:
-        if len(self.origins) + len(self.anchors) >= self.purge_at:
+        if self.count() >= self.purge_at:
+            self.exposed = {key: ref for key, ref in self.exposed.items() if not ref.expired()}
             self.origins = {key: origin for key, origin in self.origins.items() if not origin.gone}
             self.anchors = {key: ref for key, ref in self.anchors.items() if ref() is not None}
-            self.purge_at = max(KNOWN, 2 * (len(self.origins) + len(self.anchors)))
+            self.purge_at = max(KNOWN, 2 * self.count())
+
+    def count(self) -> int:
+        return len(self.origins) + len(self.anchors) + len(self.exposed)
 
 
 _known = _Known()
@@ -335,8 +340,9 @@ def note(
 
 def anchor(t: Tensor, keeper: Any = None) -> None:
     """A node keeps `t`, by itself or in a `Kept` or `Leaf` that it was given."""
-    if not t.is_neg():
-        _known.anchors[t.untyped_storage()._cdata] = weakref.ref(keeper if keeper is not None else t)
+    key = t.untyped_storage()._cdata
+    if not t.is_neg() and key not in _known.exposed:
+        _known.anchors[key] = weakref.ref(keeper if keeper is not None else t)
         _known.purge()
 
 
@@ -352,14 +358,18 @@ def find(t: Tensor) -> Origin | None:
 
 
 def expose(t: Tensor) -> None:
-    """Somebody gets hold of the memory of `t`, and may change it without a trace: nothing is known of it any more."""
+    """Somebody gets hold of the memory of `t`, and may change it unseen: nothing is known of it from now on."""
     if t.layout is torch.strided:
-        key = t.untyped_storage()._cdata
+        storage = t.untyped_storage()
+        key = storage._cdata
         _known.origins.pop(key, None)
         _known.anchors.pop(key, None)
+        _known.exposed[key] = StorageWeakRef(storage)
+        _known.purge()
 
 
 def forget() -> None:
     """Drop the thread's origins and anchors."""
     _known.origins.clear()
     _known.anchors.clear()
+    _known.exposed.clear()

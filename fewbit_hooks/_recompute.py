@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import _policy, _recipes, _stack
+from . import _policy, _recipes, _sites, _stack
 from ._again import run_again
 from ._consumers import consume
 from ._dtensor import local_part
@@ -37,7 +37,7 @@ def run(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwa
     """Make such a call under a scope with `recompute=True`, or in one inside it; an exposure in any."""
     kwargs = kwargs or {}
     if call.kind == "exposure":
-        _expose(args[0])
+        _expose(args[0] if args else kwargs.get("input", kwargs.get("self")))
         return func(*args, **kwargs)
     settings = entry.scope._settings
     if (
@@ -63,7 +63,7 @@ def run(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwa
     return y
 
 
-def _expose(given: Tensor) -> None:
+def _expose(given: Any) -> None:
     """Somebody gets hold of the memory of a tensor."""
     t: Any = local_part(given)
     if (
@@ -74,6 +74,7 @@ def _expose(given: Tensor) -> None:
         return
     with torch._C.DisableTorchFunction():  # it may be of a class that has its own
         _recipes.expose(t)
+        _sites.expose(t)
         for entry in _stack.entries():
             entry.scope._ledger.step.exposed(t)
 
@@ -102,8 +103,15 @@ def admits(
 
 
 def are_factors(tensors: Sequence[Tensor], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a product can be computed again: of two tensors of one shape."""
-    return len(tensors) == 2 and not kwargs and tensors[0].shape == tensors[1].shape
+    """Whether a product can be computed again: of two tensors of one shape.
+
+    A parameter is always there, but the product's node keeps it only where the other factor requires a gradient. Where
+    it does not (a mask that prunes it), stock lets an optimizer change the parameter before a second backward.
+    """
+    if len(tensors) != 2 or kwargs or tensors[0].shape != tensors[1].shape:
+        return False
+    a, b = tensors
+    return (type(a) is Tensor or b.requires_grad) and (type(b) is Tensor or a.requires_grad)
 
 
 def is_cast(x: Tensor, y: Any, args: tuple[Any, ...]) -> bool:
@@ -121,17 +129,14 @@ class Norm:
         parameters: the tensors beside the input.
         primitives: what it saves, beside the parameters.
         anchors_x: the input itself, no copy of it.
+        run_again: it is run again in backward.
     """
 
     forward: Callable[..., Tensor]
     parameters: list[Tensor]
     primitives: Saves
     anchors_x: bool
-
-    @property
-    def run_again(self) -> bool:
-        """It is run again in backward."""
-        return self.primitives.gain >= GAIN
+    run_again: bool
 
 
 def look_at_norm(call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Norm | None:
@@ -157,7 +162,7 @@ def look_at_norm(call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: 
         return None  # what torch says of a small input it says of the call, too, which is made as it is
     # others than layer_norm keep a contiguous copy of what is not
     itself = call.name == "layer_norm" or x.is_contiguous() or x.is_contiguous(memory_format=_LAST[x.dim()])
-    return Norm(forward, parameters, primitives, primitives.keeps_x and itself)
+    return Norm(forward, parameters, primitives, primitives.keeps_x and itself, primitives.gain(x) >= GAIN)
 
 
 def _norm(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

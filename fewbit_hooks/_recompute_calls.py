@@ -48,6 +48,10 @@ _CALLS = {
     "torch.conv1d torch.conv2d torch.conv3d torch.ops.aten.convolution",
     ("memory", "exposure"): "Tensor.data.__get__ Tensor.numpy Tensor.__array__ Tensor.data_ptr Tensor.__dlpack__ "
     "Tensor.storage",
+    # their results lie in the same memory, with a counter of changes of their own
+    ("parts", "exposure"): "torch.unsafe_chunk torch.unsafe_split torch.unsafe_split_with_sizes Tensor.unsafe_chunk "
+    "Tensor.unsafe_split Tensor.unsafe_split_with_sizes torch.ops.aten.unsafe_chunk torch.ops.aten.unsafe_split "
+    "torch.ops.aten.unsafe_split_with_sizes torch.ops.aten._unsafe_view",
 }
 RECOMPUTE: dict[Any, RecomputeCall] = {
     function: RecomputeCall(name, kind)

@@ -123,7 +123,7 @@ class Seen:
             return None
         if not what["reason"]:
             facts = _composites.look_at(composite, module, x)
-            what["reason"], one_node = facts.reason, facts.gains(composite)
+            what["reason"], one_node = facts.reason, facts.gains(composite, x)
             if not (facts.reason or one_node or (call is None and facts.anchors(x))):
                 return None
         if call is None:

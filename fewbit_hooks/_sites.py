@@ -190,8 +190,40 @@ class Relying(Protocol):
     def has_changed(self) -> bool:
         """Whether what is relied on has been changed in place."""
 
+    def lies_in(self, storage: int) -> bool:
+        """Whether what is relied on lies in the storage of that address."""
+
     def rely_on_a_copy(self) -> None:
         """What is relied on may change unseen."""
+
+    def held_alone(self) -> int:
+        """The bytes of what is relied on, if nobody else holds it."""
+
+
+_relying: dict[weakref.ref[Relying], Site] = {}
+"""The packed objects that are alive, and where their calls were made: they outlive the look at their watches."""
+
+
+def expose(t: Tensor) -> None:
+    """Somebody gets hold of the memory of `t`, and may change it without a trace: it is not relied upon any more."""
+    if not _relying or t.layout is not torch.strided:
+        return
+    storage = t.untyped_storage()._cdata
+    for ref, site in list(_relying.items()):  # at one stroke: other threads may add to them
+        packed = ref()
+        if packed is not None and packed.lies_in(storage):
+            site.distrust_output()
+            packed.rely_on_a_copy()
+
+
+def _gone(ref: weakref.ref[Relying]) -> None:
+    _relying.pop(ref, None)
+
+
+class Booked(Protocol):
+    """Where the bytes of a call are counted."""
+
+    stored_bytes: int
 
 
 class Watch:
@@ -207,6 +239,7 @@ class Watch:
             activation, but a consumer.
         relying: the packed objects that hold the output, or a copy; weak, for a graph may be dropped before the look.
         held: what tells the version of the output or of copies, and that version, at a site that will soon rely on it.
+        row: where the call's bytes are counted.
     """
 
     __slots__ = (
@@ -216,6 +249,7 @@ class Watch:
         "held",
         "output",
         "relying",
+        "row",
         "saved",
         "site",
         "thread",
@@ -229,19 +263,23 @@ class Watch:
         output: Tensor,
         treated: Verdict = Verdict.UNKNOWN,
         relying: Iterable[Relying] = (),
+        row: Booked | None = None,
     ) -> None:
         self.site = site
+        self.row = row
         self.thread = threading.get_ident()
         self.saved = saved
         self.output = StorageWeakRef(local_part(output).untyped_storage())
         self.copies: list[StorageWeakRef] = []
         self.treated = treated
-        self.relying = [weakref.ref(packed) for packed in relying]
+        self.relying = [weakref.ref(packed, _gone) for packed in relying]
+        for ref in self.relying:
+            _relying[ref] = site
         self.held: list[tuple[Tensor, int]] = []
         # a copy of a DTensor's part may be one of what the DTensor was changed to: its version does not tell
         self._followed = not is_dtensor(output)
         self._seen = output._version, output.shape, output.stride(), output.storage_offset()
-        if site.expected is Verdict.OUTPUT and treated is Verdict.CODES:
+        if site.expected is Verdict.OUTPUT and treated in (Verdict.CODES, Verdict.INPUT):
             self.held.append((_counter_of(output), version_of(output)))
 
     def follow(self, y: Tensor, copy: Tensor) -> None:
@@ -257,24 +295,30 @@ class Watch:
                     packed.rely_on(copy)
 
     def exposed(self, storage: int) -> None:
-        """Somebody may change what lies in this storage: it is not relied upon, now or later, if it is the output's."""
+        """Somebody may change what lies in this storage: if it is the output's, that is never to be relied upon."""
         if self.output.cdata == storage or any(copy.cdata == storage for copy in self.copies):
             self.site.distrust_output()
-            for ref in self.relying:
-                if (packed := ref()) is not None:
-                    packed.rely_on_a_copy()
 
-    def look(self, step: int) -> None:
-        """See which storages are alive, and learn of it."""
-        changed = False
+    def look(self, step: int, *, late: bool) -> None:
+        """See which storages are alive, and learn of it.
+
+        Args:
+            late: a backward has begun, which may have released some.
+        """
+        changed, alone = False, 0
         for tensor, version in self.held:
             changed |= version_of(tensor) != version
         self.held.clear()  # or our own references would be what keeps them
         for ref in self.relying:
             if (packed := ref()) is not None:
                 changed |= packed.has_changed()
+                alone += packed.held_alone()
         if changed:
             self.site.distrust_output()
+        elif alone and not late:  # those who kept the output in the steps before do not in this one
+            self.site.forget()
+        if alone and not late and self.row is not None:
+            self.row.stored_bytes += alone
         input_kept = not any(map(StorageWeakRef.expired, self.saved))
         copy_kept = bool(self.copies) and not any(map(StorageWeakRef.expired, self.copies))
         self.site.see(input_kept, not self.output.expired(), copy_kept, self.treated, step)
@@ -376,12 +420,12 @@ class Sites:
             self._purge_at = max(1024, 2 * len(self._sites))
 
 
-def look(watches: list[Watch], running: Collection[nn.Module], step: int) -> list[Watch]:
+def look(watches: list[Watch], running: Collection[nn.Module], step: int, *, late: bool = False) -> list[Watch]:
     """Look at each call that is over; returns those whose module is still in its forward, here or on another thread."""
     mine, left = threading.get_ident(), []
     for watch in watches:
         if watch.thread != mine or watch.site.module() in running:
             left.append(watch)
         else:
-            watch.look(step)
+            watch.look(step, late=late)
     return left

@@ -41,10 +41,9 @@ class Saves(NamedTuple):
     extra: float
     keeps_x: bool
 
-    @property
-    def gain(self) -> float:
-        """How much less is kept if the input is, and nothing else; as `extra`."""
-        return self.extra + self.keeps_x - 1.0
+    def gain(self, x: Tensor) -> float:
+        """How much less is kept if the storage of `x` is, and nothing else; as `extra`."""
+        return self.extra - (0.0 if self.keeps_x else x.untyped_storage().nbytes() / x.nbytes)
 
     def never_kept(self, x: Tensor) -> int:
         """The bytes beside `x` that are not kept if the call is made as one node."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import _fused, _hooks, _one_node, _policy, _recipes, _recompute, _stack
 from ._again import run_again
@@ -93,13 +93,20 @@ def leave(
     entry: Entry, call: Call, reason: str, x: Tensor, run_it: functools.partial[Any], site: Site | None = None
 ) -> Any:
     """Make the call as it is, and count what its node keeps."""
+    saves = call.activation.saves if call.activation is not None else "several"
+    before = _hooks.latest_node([x]) if saves == "several" else -1
     y = run_it()
     if isinstance(y, Tensor) and y.requires_grad:
         ledger = entry.scope._ledger
-        saves_output = call.activation is not None and call.activation.saves == "output"
-        ledger.original(ledger.row(call.name, None, reason, site=site), local_part(y if saves_output else x))
+        row = ledger.row(call.name, None, reason, site=site)
+        if saves != "several" or entry.around is not None:  # whose hooks would take a look for the backward
+            ledger.original(row, local_part(y if saves == "output" else x))
+        else:
+            for t in _hooks.saved_since(before, [y]):
+                if not isinstance(t, nn.Parameter):  # prelu's weight
+                    ledger.original(row, local_part(t))
         ledger.ends_at(y)
-        saves_input = call.activation is not None and call.activation.saves == "input"
+        saves_input = saves == "input"
         if entry.recomputes and saves_input and _has_its_own(x, y):
             _recipes.anchor(x)
             _recompute.note_activation(run_it, x, y, (site, ledger.coming_step) if site is not None else None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -292,3 +294,116 @@ def test_a_site_is_looked_at_again_with_backward_outside() -> None:
         loss.backward()
         h = None
     assert [r.bits for r in memory.report().rows] == [1]
+
+
+def relu_then_linear() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+
+
+def test_a_report_after_a_backward_outside_says_what_was_freed_before_it() -> None:
+    with fewbit.scope(min_bytes=0) as memory:
+        loss = relu_then_linear()(torch.randn(64, 64)).sum()
+    loss.backward()  # by the first unpack, the last Linear has let go of what it shares with relu
+    assert (row(memory, "relu").freed_bytes, row(memory, "relu").reason) == (0, HELD)
+
+
+def test_a_report_asked_for_during_the_backward_changes_nothing() -> None:
+    with fewbit.scope(min_bytes=0) as memory:
+        y = relu_then_linear()(torch.randn(64, 64))
+    freed = []
+    y.register_hook(lambda _: freed.append(memory.report().freed_bytes))
+    y.sum().backward()
+    assert [*freed, memory.report().freed_bytes] == [0, 0]
+
+
+def masked_twice(x: Tensor) -> Tensor:
+    masks.append(x > 0)
+    return (x * 1).masked_fill(masks[-1], 0.0).masked_fill(masks[-1], 0.0)
+
+
+masks: list[Tensor] = []
+
+
+@pytest.mark.filterwarnings("ignore:fewbit_hooks.scope compressed nothing")
+@pytest.mark.parametrize(
+    "call",
+    [masked_twice, lambda x: F.gelu((x * 1)[:1, :1].clone().expand(64, 64)), lambda x: F.gelu(x + float("nan"))],
+    ids=["a waiting mask", "no gain", "not finite"],
+)
+def test_a_step_ends_with_a_backward_outside_where_our_hooks_kept_everything(call: Callable[[Tensor], Tensor]) -> None:
+    memory, leaf = fewbit.scope(min_bytes=0), torch.randn(64, 64, requires_grad=True)
+    for step in range(1, 5):
+        with memory:
+            loss = call(leaf).sum()
+        loss.backward()
+        report = memory.report()
+        assert (report.steps, report.freed_bytes) == (step, 0)
+
+
+@pytest.mark.filterwarnings("ignore:fewbit_hooks.scope compressed nothing")
+@pytest.mark.parametrize("parts", [1, 3, 8])
+def test_a_norm_that_keeps_its_input_counts_all_of_its_storage_once(parts: int) -> None:
+    class Norms(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64 * parts), nn.Linear(64, 64)
+            self.first, self.second = nn.RMSNorm(64), nn.RMSNorm(64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)[:, :64]
+            y: Tensor = self.b(self.first(h))
+            return y if parts > 1 else y + self.b(self.second(h))
+
+    model, x = Norms().bfloat16(), torch.randn(64, 64, dtype=torch.bfloat16)
+    memory = fewbit.scope(min_bytes=0, exact=True, recompute=True)
+    for _ in range(2):
+        with memory:
+            y = model(x)
+        held = sum(held_for_backward(y, [*model.parameters(), x]).values())
+        freed = memory.report().freed_bytes - memory.report().stored_bytes
+        y.sum().backward()
+    y = model(x)
+    stock = sum(held_for_backward(y, [*model.parameters(), x]).values())
+    assert held <= stock
+    assert abs((stock - held) - freed) <= 512  # what the norms keep of each row
+
+
+@pytest.mark.parametrize("engine", ["hooks", "fused"])
+def test_an_output_that_nobody_else_keeps_any_more_is_counted_and_not_relied_upon_again(engine: str) -> None:
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.act, self.b = nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor, alone: bool) -> Tensor:
+            y = self.act(self.a(x))
+            z: Tensor = y + 1 if alone else self.b(y)
+            return z
+
+    model, memory, seen = Sometimes(), fewbit.scope(min_bytes=0, engine=engine), []
+    for alone in (False, False, False, True, True):
+        with memory:
+            loss = model(torch.randn(64, 64), alone).sum()
+        gelu = row(memory, "gelu")
+        seen.append((gelu.beside_output, gelu.freed_bytes, gelu.stored_bytes))
+        loss.backward()
+    size, bits = 64 * 64 * 4, 64 * 64 // 8
+    assert seen == [
+        (False, size, 3 * bits),
+        (False, size, 3 * bits),
+        (True, size, bits),
+        (True, size, bits + size),
+        (False, size, 3 * bits),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:fewbit_hooks.scope compressed nothing")
+@pytest.mark.parametrize("settings", [{"bits": None}, {"exact": True}])
+@pytest.mark.parametrize("call", [F.logsigmoid, F.softsign, lambda x: F.rrelu(x, training=True)])
+def test_all_is_counted_that_a_call_keeps_which_saves_several_tensors(
+    call: Callable[[Tensor], Tensor], settings: dict[str, Any]
+) -> None:
+    x = torch.randn(64, 64).requires_grad_()
+    with fewbit.scope(min_bytes=0, **settings) as memory:
+        y = call(-x)
+    assert memory.report().original_bytes == sum(held_for_backward(y, [x]).values())
