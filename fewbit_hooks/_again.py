@@ -56,6 +56,8 @@ def run_again(
             y = run()
     finally:
         hook.release()
+    if primitives.keeps_y:  # freed, unless somebody else keeps it
+        ledger.original(row, y)
     anchor(x, saves.leaves[0])
     return y
 

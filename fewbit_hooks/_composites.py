@@ -377,11 +377,11 @@ def _saves(composite: Composite, module: nn.Module, x: Tensor) -> Saves:
     own = [*parameters_of(module), *module.buffers()]
     probe = _probe(composite, x)
     saved = functools.partial(saves, functools.partial(composite.forward, module), own=own, autocast=True)
-    extra, keeps_x = saved(probe)
+    found = saved(probe)
     if composite.call is not None or probe.dim() > 1:
         # what does not grow with the input, as Gemma's 1 + weight, is as large as that of the probe alone
-        extra = max(0.0, 2 * saved(torch.cat([probe, probe]))[0] - extra)
-    return Saves(extra, keeps_x)
+        found = found._replace(extra=max(0.0, 2 * saved(torch.cat([probe, probe])).extra - found.extra))
+    return found
 
 
 def _probe(composite: Composite, x: Tensor) -> Tensor:

@@ -171,6 +171,8 @@ def _count_original(row: Row, call: _Call, x: Tensor, y: Tensor) -> tuple[Storag
     primitives = call.primitives
     if primitives is None:
         return call.ledger.original(row, y if call.plan.activation.saves == "output" else x), 0
+    if primitives.keeps_y:
+        call.ledger.original(row, y)
     if not primitives.keeps_x:
         return StorageWeakRef(x.untyped_storage()), primitives.never_kept(x)
     return call.ledger.original(row, x), primitives.never_kept(x)

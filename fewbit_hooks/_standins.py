@@ -34,19 +34,26 @@ class Saves(NamedTuple):
     """What a call keeps for backward.
 
     Attributes:
-        extra: bytes in storages other than that of its input, for each byte of the input.
-        keeps_x: that one is kept, too.
+        extra: bytes in storages other than those of its input and output, for each byte of the input.
+        keeps_x: that of its input is kept, too.
+        keeps_y: that of its output.
     """
 
     extra: float
     keeps_x: bool
+    keeps_y: bool = False
 
     def gain(self, x: Tensor) -> float:
-        """How much less is kept if the storage of `x` is, and nothing else; as `extra`."""
-        return self.extra - (0.0 if self.keeps_x else x.untyped_storage().nbytes() / x.nbytes)
+        """How much less is kept if the storage of `x` is, and nothing else; as `extra`.
+
+        That of the output, which others may keep, is no reason to keep an input that would not be.
+        """
+        if self.keeps_x:
+            return self.extra + self.keeps_y
+        return self.extra - x.untyped_storage().nbytes() / x.nbytes
 
     def never_kept(self, x: Tensor) -> int:
-        """The bytes beside `x` that are not kept if the call is made as one node."""
+        """The bytes beside `x` and the output that are not kept if the call is made as one node."""
         return int(self.extra * x.numel() * x.element_size())
 
 
@@ -96,8 +103,9 @@ def saves(function: Function, x: Tensor, own: Collection[Tensor] = (), *, autoca
     for t in own:
         sizes.pop(t.untyped_storage()._cdata, None)
     keeps_x = sizes.pop(recorded.untyped_storage()._cdata, None) is not None
+    keeps_y = sizes.pop(y.untyped_storage()._cdata, None) is not None
     del y
-    return Saves(sum(sizes.values()) / x.nbytes, keeps_x)
+    return Saves(sum(sizes.values()) / x.nbytes, keeps_x, keeps_y)
 
 
 def _recorded(x: Tensor) -> Tensor:
