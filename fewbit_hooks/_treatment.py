@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import _fused, _hooks, _one_node, _policy, _recipes, _recompute, _stack
 from ._again import run_again
@@ -103,7 +103,7 @@ def leave(
             ledger.original(row, local_part(y if saves == "output" else x))
         else:
             for t in _hooks.saved_since(before, [y]):
-                if not isinstance(t, nn.Parameter):  # prelu's weight
+                if t.shape == x.shape:  # prelu's weight is the model's
                     ledger.original(row, local_part(t))
         ledger.ends_at(y)
         saves_input = saves == "input"
