@@ -162,12 +162,13 @@ def test_derivative_from_is_computed_from_the_tensors_that_it_is_handed(inplace:
     assert x.tolist() == [0.0, 0.0, 0.0]
 
 
-def test_what_a_function_saves_is_counted_by_storage_and_the_input_apart() -> None:
+def test_what_a_function_saves_is_counted_by_storage_input_and_output_apart() -> None:
     x = torch.randn(64)
-    assert _standins.saves(F.gelu, x) == (0, True)
-    assert _standins.saves(torch.tanh, x) == (1, False)
-    assert _standins.saves(lambda t: t * torch.sigmoid(t), x) == (1, True)
-    assert _standins.saves(lambda t: t * x, x, own=[x]) == (0, False)
+    assert _standins.saves(F.gelu, x) == (0, True, False)
+    assert _standins.saves(torch.tanh, x) == (0, False, True)
+    assert _standins.saves(lambda t: t * torch.sigmoid(t), x) == (1, True, False)
+    assert _standins.saves(lambda t: torch.reciprocal(1 + torch.exp(t)), x) == (1, False, True)
+    assert _standins.saves(lambda t: t * x, x, own=[x]) == (0, False, False)
 
 
 def test_the_stand_in_next_to_a_jump_lies_well_on_its_side() -> None:
