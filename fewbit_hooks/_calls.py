@@ -21,6 +21,11 @@ from ._activations import Activation
 from ._errors import FewbitError
 
 
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The tensor that a callable is applied to, however it was passed."""
+    return args[0] if args else kwargs.get("input", kwargs.get("self"))
+
+
 @dataclass(frozen=True)
 class Call:
     """One recognised callable.
@@ -43,10 +48,8 @@ class Call:
     fixed: tuple[tuple[str, Any], ...] = ()
 
     def input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The tensor that the activation is applied to, however it was passed."""
-        if args:
-            return args[0]
-        return kwargs.get("input", kwargs.get("self"))
+        """The tensor that the activation is applied to."""
+        return input_of(args, kwargs)
 
     def parameters(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
         """The activation's parameters, and whether this call overwrites its input.

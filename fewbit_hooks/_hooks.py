@@ -132,8 +132,8 @@ class Beside:
 
     def held_alone(self) -> int:
         """The bytes of the output's storage, if nobody else holds it."""
-        plain = type(self.output) is Tensor and owners(self.output) == 1
-        return self.output.untyped_storage().nbytes() if plain and self.output is not None else 0
+        output = self.output
+        return output.untyped_storage().nbytes() if type(output) is Tensor and owners(output) == 1 else 0
 
     def rely_on_a_copy(self) -> None:
         """Somebody may change the output without a trace; the input, from which codes would be made, is gone.

@@ -125,6 +125,12 @@ class Step:
         if self.watches:
             self.watches = _sites.look(self.watches, set(enclosing_modules()), self.number, late=late)
 
+    def bound(self) -> None:
+        """Sweep where many storages have come together."""
+        if len(self.pending) + len(self.held) >= self.sweep_at:
+            self.sweep()
+            self.sweep_at = max(SWEEP, 2 * (len(self.pending) + len(self.held)))
+
     def sweep(self) -> None:
         """Strike off the storages that are gone."""
         self.swept = True
@@ -216,9 +222,7 @@ class Ledger:
             ref = StorageWeakRef(storage)
             pending[storage._cdata] = Pending(ref, nbytes, row)
             self.step.swept = False
-            if len(pending) >= self.step.sweep_at:
-                self.step.sweep()
-                self.step.sweep_at = max(SWEEP, 2 * len(self.step.pending))
+            self.step.bound()
             return ref
 
     def newly_held(self, tensor: Tensor) -> int:
@@ -229,9 +233,7 @@ class Ledger:
             if storage._cdata in self.step.pending or storage._cdata in self.step.held:
                 return 0
             self.step.held[storage._cdata] = StorageWeakRef(storage)
-            if len(self.step.held) >= self.step.sweep_at:
-                self.step.sweep()
-                self.step.sweep_at = max(SWEEP, 2 * len(self.step.held))
+            self.step.bound()
             return storage.nbytes()
 
     def ends_at(self, y: Tensor) -> None:

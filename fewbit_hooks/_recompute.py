@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import _policy, _recipes, _sites, _stack
 from ._again import run_again
+from ._calls import input_of
 from ._consumers import consume
 from ._dtensor import local_part
 from ._hooks import Kept, unpack
@@ -37,7 +38,7 @@ def run(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwa
     """Make such a call under a scope with `recompute=True`, or in one inside it; an exposure in any."""
     kwargs = kwargs or {}
     if call.kind == "exposure":
-        _expose(args[0] if args else kwargs.get("input", kwargs.get("self")))
+        _expose(input_of(args, kwargs))
         return func(*args, **kwargs)
     settings = entry.scope._settings
     if (

@@ -29,7 +29,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ._dtensor import detached, is_dtensor, local_part, version_of
 from ._modules import CALL_IMPL, ModuleRef, model_of, parameters_of
+
+if TYPE_CHECKING:
+    from ._ledger import Row
 
 LOOK_AGAIN = 64
 """Steps after which a site is looked at again: a change that nothing announces costs memory for that long at most."""
@@ -220,12 +223,6 @@ def _gone(ref: weakref.ref[Relying]) -> None:
     _relying.pop(ref, None)
 
 
-class Booked(Protocol):
-    """Where the bytes of a call are counted."""
-
-    stored_bytes: int
-
-
 class Watch:
     """One call, whose storages are looked at when the forward is over.
 
@@ -263,7 +260,7 @@ class Watch:
         output: Tensor,
         treated: Verdict = Verdict.UNKNOWN,
         relying: Iterable[Relying] = (),
-        row: Booked | None = None,
+        row: Row | None = None,
     ) -> None:
         self.site = site
         self.row = row
