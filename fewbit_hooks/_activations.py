@@ -1,8 +1,8 @@
 """The registry: what an activation is, what its node saves for backward, and its derivative.
 
-No derivative is written down here: `Activation.derivative` asks the node's own backward, in float64. So a codebook is
-always that of the function that runs, with the parameters that it runs with. Which *call* is which activation
-is the business of `_calls.py`.
+No derivative is written down here: `Activation.derivative` asks the node's own backward, in float64, and a plan asks it
+where the two-valued ones jump. So a codebook is always that of the function that runs, with the parameters that it runs
+with, in the torch that it runs in. Which *call* is which activation is the business of `_calls.py`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from . import ops
 from ._errors import FewbitTypeError, FewbitValueError
 
 Parameter = float | str | None
-Predicate = Callable[..., Any]
-"""Of a tensor or of a numpy array, with the parameters: comparisons, and what `&`, `|`, `~` make of them."""
 
 
 def _no_jumps(**parameters: Parameter) -> tuple[float, ...]:
@@ -45,8 +44,7 @@ class Activation:
         parameters: the names of its parameters with PyTorch's defaults.
         saves: what the out-of-place node keeps for backward: "input", "output" or "several". In-place forms may differ.
         even: the derivative is even, so that its codebooks are folded.
-        second_value: for the two-valued derivatives, true where the saved value has the second of the two, in the terms
-            of the node's own kernel; None for the smooth ones.
+        exact: the derivative has two values: one bit an element, and a gradient that is bit-for-bit stock's.
         nan_by_position: stock's gradient at a NaN depends on where in the tensor it stands (vectorised body or scalar
             tail of the CPU kernel), so that no bit can stand for it.
         jumps_of: `jumps_of(**parameters)`, where the derivative jumps.
@@ -60,18 +58,13 @@ class Activation:
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     saves: str = "input"
     even: bool = False
-    second_value: Predicate | None = None
+    exact: bool = False
     nan_by_position: bool = False
     jumps_of: Callable[..., tuple[float, ...]] = _no_jumps
     derivative_of: Callable[..., Any] | None = None
     weight: Any = "uniform"
     interval: tuple[float, float] = (-10.0, 10.0)
     calls: tuple[str, ...] = ()
-
-    @property
-    def exact(self) -> bool:
-        """The derivative has two values: one bit an element, and a gradient that is bit-for-bit stock's."""
-        return self.second_value is not None
 
     def check(self, parameters: Mapping[str, object]) -> dict[str, Parameter]:
         """Fill in the defaults; numbers become floats.
@@ -138,7 +131,7 @@ def pristine(*, autocast: bool = False) -> Iterator[None]:
     """
     devices = () if autocast else ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     with (
-        torch._C.DisableTorchFunction(),
+        ops.unseen(),
         torch.inference_mode(False),
         torch.enable_grad(),
         torch.autograd.set_detect_anomaly(False),  # NaN is asked for
@@ -156,22 +149,6 @@ def _elu_jumps(alpha: float, scale: float = 1.0, input_scale: float = 1.0) -> tu
 
 def _softplus_jumps(beta: float, threshold: float) -> tuple[float, ...]:
     return (threshold / beta,) if beta else ()
-
-
-def _inside(v: Any, min_val: float, max_val: float) -> Any:
-    return ~((v <= min_val) | (v >= max_val))  # as the kernel has it: NaN is inside
-
-
-def _within(v: Any, lambd: float) -> Any:
-    return (v >= -lambd) & (v <= lambd)
-
-
-def _clamped(v: Any, min: float | None, max: float | None) -> Any:
-    if max is None:
-        return v >= min if min is not None else v != v  # without limits torch.clamp raises, but after it has saved v
-    if min is None:
-        return v <= max
-    return (v >= min) & (v <= max)
 
 
 # fmt: off
@@ -192,16 +169,15 @@ _BUILT_IN = (
     Activation("tanh", torch.tanh, saves="output", even=True),
     Activation("tanhshrink", F.tanhshrink, saves="several", even=True),
     # two-valued: 1 bit, exact
-    Activation("clamp", torch.clamp, {"min": None, "max": None}, second_value=_clamped),
-    Activation("hardshrink", torch.hardshrink, {"lambd": 0.5}, second_value=_within, nan_by_position=True),
-    Activation("hardsigmoid", F.hardsigmoid, second_value=lambda v: (v > -3.0) & (v < 3.0)),
-    Activation("hardtanh", F.hardtanh, {"min_val": -1.0, "max_val": 1.0}, second_value=_inside, nan_by_position=True),
-    Activation("leaky_relu", F.leaky_relu, {"negative_slope": 0.01}, second_value=lambda v, negative_slope: v > 0),
-    Activation("relu", torch.relu, saves="output", second_value=lambda v: v <= 0),
-    Activation("relu6", F.relu6, second_value=lambda v: _inside(v, 0.0, 6.0), nan_by_position=True),
-    Activation("softshrink", F.softshrink, {"lambd": 0.5}, second_value=_within, nan_by_position=True),
-    Activation("threshold", torch.threshold, {"threshold": 0.0, "value": 0.0},
-               second_value=lambda v, threshold, value: v <= threshold),
+    Activation("clamp", torch.clamp, {"min": None, "max": None}, exact=True),
+    Activation("hardshrink", torch.hardshrink, {"lambd": 0.5}, exact=True, nan_by_position=True),
+    Activation("hardsigmoid", F.hardsigmoid, exact=True),
+    Activation("hardtanh", F.hardtanh, {"min_val": -1.0, "max_val": 1.0}, exact=True, nan_by_position=True),
+    Activation("leaky_relu", F.leaky_relu, {"negative_slope": 0.01}, exact=True),
+    Activation("relu", torch.relu, saves="output", exact=True),
+    Activation("relu6", F.relu6, exact=True, nan_by_position=True),
+    Activation("softshrink", F.softshrink, {"lambd": 0.5}, exact=True, nan_by_position=True),
+    Activation("threshold", torch.threshold, {"threshold": 0.0, "value": 0.0}, exact=True),
 )
 # fmt: on
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import _stack
 from ._errors import FewbitError
+from ._hooked import hooked
 from ._hooks import Kept, unpack
 from ._ledger import RECOMPUTED, Ledger, Step
 from ._recipes import Geometry, Leaf, anchor
@@ -52,7 +53,7 @@ def run_again(
     saves = _Saves(name, forward, arguments)
     hook = _PackHook(name, saves, ledger.step)
     try:
-        with _stack.hidden(), torch.autograd.graph.saved_tensors_hooks(hook, unpack):
+        with _stack.hidden(), hooked(hook, unpack):
             y = run()
     finally:
         hook.release()

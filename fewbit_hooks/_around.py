@@ -20,17 +20,14 @@ PyTorch's own (`save_on_cpu`, the checkpoint's) give back what they are given.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops
 from ._errors import FewbitRuntimeError
-
-Hooks: TypeAlias = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
-"""A pack hook and its unpack hook."""
+from ._hooked import Hooks
 
 OWN = frozenset({"torch.autograd.graph", "torch.utils.checkpoint"})
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._errors import FewbitError, FewbitTypeError, FewbitWarning
+from ._graph import nodes
 from ._report import align, human
 from ._restore import buffers_restored, generators_restored
 from ._scope import scope
@@ -151,20 +152,8 @@ def _what(value: object) -> str:
 
 def _leaves(loss: Tensor) -> list[Tensor]:
     """The leaves of the loss's graph, in an order that depends on the graph alone."""
-    leaves: list[Tensor] = []
-    seen = {None}
-    stack = [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)  # type: ignore[arg-type]
-        assert node is not None
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor):
-            leaves.append(variable)
-        stack.extend(following for following, _ in node.next_functions)
-    return leaves
+    variables = (getattr(node, "variable", None) for node in nodes([loss]))
+    return [variable for variable in variables if isinstance(variable, Tensor)]
 
 
 def _compare(exact: list[Tensor | None], other: list[Tensor | None]) -> tuple[float, float]:

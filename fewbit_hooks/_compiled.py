@@ -54,9 +54,8 @@ SELECTED = 4
 """Bits up to which a code's level is selected by comparisons; with more it is looked up."""
 
 # under names of ours: `plainly` must name no module of torch
-_callback: Callable[[], Any] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: None)
+_callback: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback
 _set_callback: Callable[[Any], Any] = torch._C._dynamo.eval_frame.set_eval_frame
-is_exporting = getattr(torch.compiler, "is_exporting", bool)  # torch 2.6 has none
 Constants = tuple[int, tuple[float, ...], tuple[float, ...], bool]
 """Bits, boundaries, levels, folded."""
 
@@ -93,6 +92,11 @@ def plainly(call: functools.partial[Any]) -> Any:
         return call()
     finally:
         _set_callback(callback)
+
+
+def is_exporting() -> bool:
+    """Runs in Python, where it is traced: up to torch 2.11 Dynamo takes torch's own for true in whatever it traces."""
+    return torch.compiler.is_exporting()
 
 
 def coding(settings: Settings) -> Coding | None:
@@ -180,6 +184,7 @@ def _constants(
 
 
 # What torch.compiler.assume_constant_result does; itself it would import all of Dynamo.
+is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _constants._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

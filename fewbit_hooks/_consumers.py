@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import _recipes
+from ._hooked import hooked
 from ._hooks import Kept, unpack
 from ._ledger import RECOMPUTED, Ledger, Step
 from ._recipes import Geometry, Recipe
@@ -39,7 +40,7 @@ def consume(
         return y
     hook = ConsumerHook(call.name, recipes, ledger)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(hook, unpack):
+        with hooked(hook, unpack):
             y = func(*args, **kwargs)
         if site is not None and hook.replaced:
             ledger.watch(Watch(site, hook.replaced, y))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import math
 import os
@@ -11,15 +12,18 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from . import __version__, ops
-from ._activations import activations
+from ._activations import Activation, activations
 from ._catalog import codebook
 from ._codebook import Codebook
 from ._policy import disabled
 from ._report import align, human
 from ._scope import scope
 
+TESTED = (2, 8), (2, 14)
+"""The oldest and the newest torch with which all tests were run."""
 ELEMENTS = 2**16 + 5  # not a whole number of bytes of codes
 BITS = 3
 TOLERANCE = 1e-6  # of the derivative at a stand-in, in float32; 5e-7 was measured for gelu
@@ -31,12 +35,11 @@ def doctor() -> int:
     print("\nRecognised activations, and their in-place and torch.ops.aten forms")
     print("exact: takes 1 bit, and the gradient is stock's; few-bit: takes 1 to 8\n")
     print(recognised())
-    print("\nSelf-check: gelu with 3 bits\n")
-    healthy = True
-    for device in devices():
-        for question, answer in self_check(device):
-            healthy &= not answer
-            print(f"{device:6} {question:40} {answer or 'yes'}")
+    print("\nSelf-check: gelu with 3 bits, and what is exact\n")
+    with _not_disabled():
+        checks = [(device, *check) for device in devices() for check in self_check(device)]
+    print("\n".join(align([[device, question, answer or "yes"] for device, question, answer in checks])))
+    healthy = not any(answer for *_, answer in checks)
     print("\neverything works" if healthy else "\nsomething is wrong: please report this, with all of the above")
     return 0 if healthy else 1
 
@@ -51,7 +54,7 @@ def environment() -> Iterator[tuple[str, str]]:
     yield "fewbit_hooks", __version__
     yield "python", platform.python_version()
     yield "system", platform.platform()
-    yield "torch", f"{torch.__version__}, {torch.get_num_threads()} threads"
+    yield "torch", f"{torch.__version__}, {torch.get_num_threads()} threads{untested(torch.__version__)}"
     yield "numpy", np.__version__
     for package in ("numba", "triton", "transformers"):
         try:
@@ -72,6 +75,19 @@ def environment() -> Iterator[tuple[str, str]]:
     yield "FEWBIT_DISABLE", said
 
 
+def untested(version: str) -> str:
+    """What is to be said of a version of torch.
+
+    >>> untested("2.11.0+cu130"), untested("2.99.0")
+    ('', '; tested with 2.8 to 2.14')
+    """
+    major, minor = version.split(".")[:2]
+    oldest, newest = TESTED
+    if oldest <= (int(major), int(minor)) <= newest:
+        return ""
+    return f"; tested with {oldest[0]}.{oldest[1]} to {newest[0]}.{newest[1]}"
+
+
 def recognised() -> str:
     """The table of activations."""
     table = [["activation", "parameters", "saves", "gradient", "calls"]]
@@ -87,13 +103,8 @@ def self_check(device: str) -> Iterator[tuple[str, str]]:
     x = torch.linspace(-8, 8, ELEMENTS, device=device)
     stock = F.gelu(x)
     leaf = x.clone().requires_grad_()
-    disable = os.environ.pop("FEWBIT_DISABLE", None)  # whether it works is asked even where it is switched off
-    try:
-        with scope(BITS, min_bytes=0) as memory:
-            y = F.gelu(leaf * 1)  # a copy that nobody else holds
-    finally:
-        if disable is not None:
-            os.environ["FEWBIT_DISABLE"] = disable
+    with scope(BITS, min_bytes=0) as memory:
+        y = F.gelu(leaf * 1)  # a copy that nobody else holds
     report = memory.report()
     (slope,) = torch.autograd.grad(y.sum(), leaf)
 
@@ -106,6 +117,33 @@ def self_check(device: str) -> Iterator[tuple[str, str]]:
     right = found == (expected, 4 * ELEMENTS)
     said = f"no: {human(found[0])} stored, expected {human(expected)}; {human(found[1])} freed"
     yield "are the bytes as predicted?", "" if right else said
+    unlike = [a.name for a in activations() if a.exact and not _is_exact(a, device)]
+    yield "are exact gradients stock's, where they jump, too?", f"no: {', '.join(unlike)}" if unlike else ""
+
+
+@contextlib.contextmanager
+def _not_disabled() -> Iterator[None]:
+    """Whether it works is asked even where it is switched off."""
+    disable = os.environ.pop("FEWBIT_DISABLE", None)
+    try:
+        yield
+    finally:
+        if disable is not None:
+            os.environ["FEWBIT_DISABLE"] = disable
+
+
+def _is_exact(activation: Activation, device: str) -> bool:
+    """Whether the gradient under a scope is stock's, bit for bit, on both sides of where it jumps, and there."""
+    given = {"min": -1.0, "max": 1.0} if activation.name == "clamp" else activation.parameters
+    ties = torch.arange(-8, 8.5, 0.5, device=device)
+    x = torch.cat([ties, *(ties.nextafter(torch.full_like(ties, side)) for side in (-math.inf, math.inf))])
+    slopes: list[Tensor] = []
+    for bits in (None, 1):
+        leaf = x.clone().requires_grad_()
+        with scope(bits, min_bytes=0):
+            y = activation.function(leaf, **given)
+        slopes += torch.autograd.grad(y.sum(), leaf)
+    return torch.equal(*slopes)
 
 
 def describe(book: Codebook) -> str:

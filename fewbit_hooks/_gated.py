@@ -367,7 +367,7 @@ def _product(entry: _stack.Entry, plan: Plan, kernels: ModuleType, gate_first: b
         ledger.original(row, first)
     never_kept = first.nbytes * len(parts) // 2
     ledger.stored(row, 0 if keeps_first else first.nbytes, never_kept=never_kept)
-    with torch._C.DisableTorchFunction():  # or the modes would see each attribute that is read, and each buffer made
+    with ops.unnoticed():  # or the modes would see each attribute that is read, and each buffer made
         y: Tensor = _Gated.apply(plan, kernels, ledger.step, gate_first, *parts)  # type: ignore[no-untyped-call]
     return y
 

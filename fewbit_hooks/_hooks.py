@@ -18,7 +18,7 @@ that it holds, the input above all, when its call is over.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
@@ -26,9 +26,11 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import ops
-from ._around import Hooks, Receipt
+from ._around import Receipt
 from ._dtensor import PartHook, Whole, detached, is_dtensor, local_part, version_of
 from ._errors import FewbitError, FewbitRuntimeError
+from ._graph import owners
+from ._hooked import Hooks, hooked
 from ._inverse import Inverse, Itself
 from ._ledger import CODES, KEPT, OUTPUT, Ledger, Row, Step
 from ._plan import Plan
@@ -194,39 +196,6 @@ def unpack(packed: Packed | Beside | Kept | Handed | Whole) -> Tensor:
     return packed.unpack()
 
 
-def owners(t: Tensor) -> int:
-    """How many tensors, the caller's included, lie on the storage of `t`."""
-    count = getattr(torch._C, "_storage_Use_Count", None)
-    if count is None:  # a torch that cannot tell: somebody may hold it
-        return 2
-    found: int = count(t.untyped_storage()._cdata)
-    return found - 1  # the Python object of the storage
-
-
-def latest_node(tensors: Iterable[Tensor]) -> int:
-    """The number of the latest node that made one of them; -1 where none did."""
-    return max((t.grad_fn._sequence_nr() for t in tensors if t.grad_fn is not None), default=-1)
-
-
-def saved_since(before: int, results: Iterable[Tensor]) -> Iterator[Tensor]:
-    """What a call's nodes have saved, which was made without hooks.
-
-    Args:
-        before: `latest_node` of its arguments, before the call: it may change them in place.
-    """
-    nodes: list[Any] = [y.grad_fn for y in results]
-    seen: set[Any] = set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen or node._sequence_nr() <= before:  # it was there before the call
-            continue
-        seen.add(node)
-        for name in dir(node):
-            if name.startswith("_saved_") and isinstance(t := getattr(node, name), Tensor):
-                yield t
-        nodes.extend(following for following, _ in node.next_functions)
-
-
 def nbytes(t: Tensor | None) -> int:
     """The bytes of what may be none."""
     return 0 if t is None else t.nbytes
@@ -365,7 +334,7 @@ class PackHook:
         if not self._bits:
             return None
         if isinstance(self._inverse, Inverse):
-            with torch._C.DisableTorchFunction():
+            with ops.unnoticed():
                 return ops.encode(t, self._bits, self._inverse.side)
         codes, self._flag = self._plan.encode(t)
         return codes
@@ -392,7 +361,7 @@ def run_coded(
         name = plan.activation.name
         hook = PartHook(pack, x, lambda t: keep(t, name, around), Kept)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(hook, unpack):
+        with hooked(hook, unpack):
             y = run()
         pack.finish(y)
         return y

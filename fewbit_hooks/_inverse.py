@@ -72,8 +72,11 @@ class Inverse:
         if (dtype, dtype, device) not in self._tables:
             if ops.capturing(device):
                 return False
-            self.slopes(dtype, ops.multiplied_in(dtype, device), device)
-            self.table(0, dtype, dtype, device)
+            with ops.waiting(device):
+                self.slopes(dtype, ops.multiplied_in(dtype, device), device)
+                self.table(0, dtype, dtype, device)
+                if self._side is not None:
+                    ops.encode(torch.zeros(16, dtype=dtype, device=device), 1, self._side)
         return True
 
     def standins(self, k: int, output: Tensor, packed: Tensor | None, layout: ops.Layout) -> Tensor:

@@ -38,8 +38,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _policy, _recipes, _recompute, ops
-from ._around import Hooks, change_codes
-from ._hooks import NO_GAIN, Handed, HandedCodes, Kept, keep, latest_node, owners, saved_since
+from ._around import change_codes
+from ._graph import latest_node, owners, saved_since
+from ._hooked import Hooks, hooked
+from ._hooks import NO_GAIN, Handed, HandedCodes, Kept, keep
 from ._ledger import CODES, Ledger, Row, Step
 from ._mask_calls import MaskCall
 from ._policy import Keep
@@ -97,7 +99,7 @@ def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: 
         return _keep(ledger, call, str(keep), tensors, functools.partial(func, *args, **kwargs))
     hook = MaskHook(call, tensors, ledger, settings.min_bytes, entry.around, anchors=entry.recomputes)
     try:
-        with torch.autograd.graph.saved_tensors_hooks(hook, _unpack):
+        with hooked(hook, _unpack):
             y = func(*args, **kwargs)
         if hook.kept:
             for made in _tensors_of(y):
@@ -135,7 +137,7 @@ class PackedMask:
         """The mask, bit for bit."""
         self.step.unpacked()
         codes = self.codes.unpack() if isinstance(self.codes, Handed) else self.codes
-        with torch._C.DisableTorchFunction():
+        with ops.unnoticed():
             return ops.decode(codes, self.rows, 1, self.layout)
 
 
@@ -162,7 +164,7 @@ class WaitingMask:
         assert isinstance(kept, Kept)
         mask = kept.tensor
         if owners(mask) == 1 and mask._version == kept.version and self._may_work_on(mask):
-            with torch._C.DisableTorchFunction():
+            with ops.unnoticed():
                 packed = PackedMask(mask, ops.encode(mask, 1, ops.not_zero), 1, self._step)
             with self._step.lock:
                 self._row.stored_bytes += packed.nbytes
@@ -242,7 +244,7 @@ class MaskHook:
         waits &= self._around is None  # the hooks around the scope take what they are given now
         if waits and ops.capturing(t.device):
             return self._keep(t, CAPTURING)
-        with torch._C.DisableTorchFunction():
+        with ops.unnoticed():
             found = None if waits else ops.encode_two_values(t)
             if found is None and not waits:
                 return self._pass(t)
@@ -303,7 +305,7 @@ def _keep(ledger: Ledger, call: MaskCall, reason: str, tensors: list[Tensor], ru
         ledger.ends_at(y)
     for t in saved_since(before, made):
         if _may_be_a_mask(t, arguments) and (t.dtype == torch.bool or not t.is_cuda):
-            with torch._C.DisableTorchFunction():
+            with ops.unnoticed():
                 if ops.second_value(t) is not None:
                     ledger.original(row, t)
     return result

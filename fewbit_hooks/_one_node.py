@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import _policy, ops
-from ._around import Hooks
+from . import ops
 from ._errors import FewbitError
+from ._hooked import Hooks, hooked, innermost_hooks
 from ._hooks import Beside, HandedCodes, begin_backward, flagged, nbytes
 from ._inverse import Inverse, Itself
 from ._ledger import CODES, OUTPUT, Ledger, Row
@@ -118,9 +118,9 @@ def run_coded(
         fused: computes, in place of `run`, the result, the codes and a flag, see `Plan.encode`.
         primitives: what those of the forward would have saved; None: it is one node of PyTorch's.
     """
-    call = _Call(plan, ledger, run, site, inverse, fused, primitives, _policy.innermost_hooks())
+    call = _Call(plan, ledger, run, site, inverse, fused, primitives, innermost_hooks())
     hands_over = inverse is not None or call.around is not None
-    hooks = torch.autograd.graph.saved_tensors_hooks(call.handover, _taken_back)
+    hooks = hooked(call.handover, _taken_back)
     with hooks if hands_over else contextlib.nullcontext():
         y: Tensor = _Coded.apply(x, call)  # type: ignore[no-untyped-call]
     return y
@@ -134,13 +134,15 @@ class _Coded(torch.autograd.Function):
         codes: Tensor | None
         flag: Tensor | None = None
         if call.fused is not None:
-            y, codes, flag = call.fused()
+            with ops.unnoticed():
+                y, codes, flag = call.fused()
         else:
             y = _checked(name, x, call.run)
             if inverse is None:
                 codes, flag = plan.encode(x)
             else:
-                codes = ops.encode(x, 1, inverse.side) if inverse.bits else None
+                with ops.unnoticed():
+                    codes = ops.encode(x, 1, inverse.side) if inverse.bits else None
         beside: list[Beside] = []
         if inverse is None:
             row = ledger.row(name, plan.bits, how=CODES, site=call.site)

@@ -6,7 +6,6 @@ dtype and device is made when the first such tensor comes along.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -123,7 +122,9 @@ class Plan:
         if not self._inverse_sought:
             self._inverse = find_inverse(self.function, self._derivative)
         self._inverse_sought = True
-        if self._inverse is None or not (x.is_cpu or self._inverse.is_ready(x.dtype, x.device)):
+        if self._inverse is None:
+            return None
+        if (not x.is_cpu or ops.seen_by_modes()) and not self._inverse.is_ready(x.dtype, x.device):
             return None
         return self._inverse
 
@@ -145,7 +146,7 @@ class Plan:
         would have to wait for the answer: then there is a flag, see `encode`."""
         if not may_look(t):
             return ""
-        with torch._C.DisableTorchFunction():
+        with ops.unnoticed():
             if self.codebook is None:
                 return NAN if self.activation.nan_by_position and ops.has_nan(t) else ""
             at_nan, at_infinity = self._not_a_number()
@@ -159,7 +160,7 @@ class Plan:
         The flag is a number, on the device of `t`, to be added to one of the stand-ins: 0, or NaN where `t` holds what
         stock's gradient is NaN for. None where the host has looked, or there is no such value.
         """
-        with torch._C.DisableTorchFunction():
+        with ops.unnoticed():
             coder, flags = self.coder(t.dtype, t.device), self.flags(t)
             if flags is None:
                 return ops.encode(t, self.bits, coder), None
@@ -206,34 +207,43 @@ class Plan:
             y: Tensor = self.function(torch.zeros(1, dtype=x.dtype, device=x.device))
         return y.requires_grad
 
+    def is_two_valued(self, dtype: torch.dtype) -> bool:
+        """Of an activation that is exact: whether its derivative has two values in this torch, too, and jumps where it
+        was looked for."""
+        return self._ask_for_two_values(dtype, torch.device("cpu")) is not None
+
     def _two_valued_coder(self, dtype: torch.dtype, device: torch.device) -> Coder:
-        if dtype not in SIXTEEN_BIT:
-            return self._between(dtype) or self._second_value
-        # How a 16-bit kernel rounds its limits (hardtanh's 0.1 in bfloat16) differs from kernel to kernel: ask it.
-        values = all_values(dtype).to(device)
-        slope = derivative_from(self.function, [values], values)
-        return ops.Lookup((slope != slope[0]).to(torch.uint8))
+        coder = self._ask_for_two_values(dtype, device)
+        if coder is None:
+            name = self.activation.name
+            raise FewbitError(
+                f"the derivative of {name} in {dtype} on {device} is not two-valued, as it is known to be. Please "
+                f"report this; scope(bits={{{name!r}: None, ...}}) keeps it exact."
+            )
+        return coder
 
-    def _between(self, dtype: torch.dtype) -> ops.Between | None:
-        """The interval whose elements have the second value; None if it is no interval."""
-        # all constants of ours are small integers; to sort every bfloat16 takes 10 ms, at each limit of a clipping
-        integers = torch.arange(-128.0, 128.0, dtype=dtype, device="cpu")
-        infinities = torch.tensor([-math.inf, math.inf], dtype=dtype, device="cpu")
-        values = self._and_around_parameters(torch.cat([integers, infinities])).unique()  # ascending
-        second = self._second_value(values)
-        nan = bool(self._second_value(torch.tensor([math.nan], dtype=dtype, device="cpu")))
-        inside = second.nonzero().flatten().tolist()
-        if not inside:
-            return ops.Between(math.inf, -math.inf, nan=nan)
-        first, last = inside[0], inside[-1]
-        low, open_low = _end(values, first, max(first - 1, 0))
-        high, open_high = _end(values, last, min(last + 1, len(values) - 1))
-        found = ops.Between(low, high, open_low=open_low, open_high=open_high, nan=nan)
-        return found if torch.equal(found(values), second) else None
+    def _ask_for_two_values(self, dtype: torch.dtype, device: torch.device) -> Coder | None:
+        """Tell which saved values have another derivative than the first; None if there is a third, or no interval.
 
-    def _second_value(self, v: Tensor) -> Tensor:
-        assert self.activation.second_value is not None
-        return ops.compare(functools.partial(self.activation.second_value, **self.parameters), v)
+        Ties and limits are not alike in all kernels (in 16 bits each rounds hardtanh's 0.1 in its own way), nor in all
+        versions of torch (at the limits of clamp the derivative was 1, and is 0 from 2.14 on): ask the kernel.
+        """
+        if dtype in SIXTEEN_BIT:
+            values = all_values(dtype)
+        else:
+            # all constants of ours are small integers; to sort every bfloat16 takes 10 ms, at each limit of a clipping
+            integers = torch.arange(-128.0, 128.0, dtype=dtype, device="cpu")
+            infinities = torch.tensor([-math.inf, math.inf], dtype=dtype, device="cpu")
+            values = self._and_around_parameters(torch.cat([integers, infinities])).unique()  # ascending
+            values = torch.cat([values, torch.full_like(values[:1], math.nan)])
+        there = values.to(device)
+        slope = derivative_from(self.function, [there], there)
+        second = slope != slope[0]
+        if (slope[second] != slope[second][:1]).any():
+            return None
+        if dtype in SIXTEEN_BIT:
+            return ops.Lookup(second.to(torch.uint8))
+        return _between(values[:-1], second[:-1].cpu(), nan=bool(second[-1]))
 
     def _decoding_rows(self, dtype: torch.dtype, device: torch.device) -> Saved:
         key = dtype, device
@@ -283,15 +293,32 @@ class Plan:
         return self._and_around_parameters(all_values(dtype if dtype in SIXTEEN_BIT else torch.bfloat16).to(dtype))
 
     def _and_around_parameters(self, spread: Tensor) -> Tensor:
-        """These values, and the parameters, and the neighbours of both."""
+        """These values, and the parameters, and the neighbours of both; of 0 those that are never flushed to it."""
         numbers = [p for p in self.parameters.values() if isinstance(p, float) and np.isfinite(p)]
         # an interval may be too narrow for the spread: add its ends, -lambd among them, and their mean
         ends = [*numbers, *(-p for p in numbers), float(np.mean(numbers or [0]))]
         at = torch.cat([spread, torch.tensor(ends, dtype=torch.float64, device="cpu").to(spread.dtype)])
-        return torch.cat([at, *(torch.nextafter(at, torch.full_like(at, side)) for side in (-np.inf, np.inf))])
+        tiny = torch.finfo(at.dtype).smallest_normal
+        neighbours = [
+            torch.where(at == 0, sign * tiny, torch.nextafter(at, torch.full_like(at, sign * np.inf)))
+            for sign in (-1, 1)
+        ]
+        return torch.cat([at, *neighbours])
 
     def _codes_of(self, values: NDArray[np.float64], dtype: torch.dtype) -> NDArray[Any]:
         return self.coder(dtype, torch.device("cpu"))(torch.from_numpy(values).to(dtype)).numpy().astype(np.int8)
+
+
+def _between(values: Tensor, second: Tensor, nan: bool) -> ops.Between | None:
+    """The interval of those ascending values that are marked; None if it is no interval."""
+    inside = second.nonzero().flatten().tolist()
+    if not inside:
+        return ops.Between(math.inf, -math.inf, nan=nan)
+    first, last = inside[0], inside[-1]
+    low, open_low = _end(values, first, max(first - 1, 0))
+    high, open_high = _end(values, last, min(last + 1, len(values) - 1))
+    found = ops.Between(low, high, open_low=open_low, open_high=open_high, nan=nan)
+    return found if torch.equal(found(values), second) else None
 
 
 def _end(values: Tensor, inside: int, outside: int) -> tuple[float, bool]:

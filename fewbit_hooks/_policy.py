@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from . import _activations, ops
-from ._around import Hooks
 from ._calls import Call
 from ._catalog import codebook
 from ._codebook import Codebook
@@ -48,6 +47,7 @@ DISABLED = "saved-tensor hooks are disabled"
 CAPTURING = "a CUDA graph is being captured, and its tables must be made before: run the step once without"
 EXCLUDED = "excluded"
 EXACT = "exact=True, and its derivative is not two-valued"
+NOT_TWO_VALUED = "its derivative is not two-valued in this version of torch"
 
 
 class Keep(Exception):
@@ -185,15 +185,7 @@ def traced() -> bool:
     if torch._C._get_tracing_state() is not None:
         return True
     keys = torch._C._TorchDispatchModeKey
-    return torch._C._len_torch_dispatch_stack() > 0 and any(
-        torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY)
-    )
-
-
-def innermost_hooks() -> Hooks | None:
-    """The pack hook and the unpack hook that autograd would call now; None where there are none."""
-    top = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return (top[0], top[1]) if top is not None else None
+    return ops.seen_by_modes() and any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY))
 
 
 _plans: dict[Any, Plan] = {}
@@ -238,11 +230,15 @@ def make_plan(
             raise Keep(str(error)) from None
         if inplace and call.name in SLOPED and min(v for v in parameters.values() if isinstance(v, float)) < 0:
             raise Keep(f"{call.name} in place with a negative parameter, for which it has no backward")
-        plan = Plan(activation, parameters, book, lambda t: function(t, *rest, **named), inplace)
+        with ops.unseen():
+            plan = Plan(activation, parameters, book, lambda t: function(t, *rest, **named), inplace)
+            if activation.exact and not plan.is_two_valued(x.dtype):
+                raise Keep(NOT_TWO_VALUED)
         if len(_plans) >= MAX_PLANS:  # parameters that change at every call, as in adaptive clipping
             _plans.clear()
         _plans[key] = plan
-    if not (x.is_cpu or plan.is_ready(x.dtype, x.device)):
+    # (measured) in a step that has cooled the caches it takes 26 us to ask for a device and its hash
+    if (not x.is_cpu or ops.seen_by_modes()) and not plan.is_ready(x.dtype, x.device):
         raise Keep(CAPTURING)
     return plan
 

@@ -22,6 +22,7 @@ from ._again import run_again
 from ._calls import input_of
 from ._consumers import consume
 from ._dtensor import local_part
+from ._hooked import hooked
 from ._hooks import Kept, unpack
 from ._ledger import Ledger
 from ._recompute_calls import RecomputeCall
@@ -192,7 +193,7 @@ def keeping(name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         _recipes.anchor(t, kept)
         return kept
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+    with hooked(pack, unpack):
         return func(*args, **kwargs)
 
 

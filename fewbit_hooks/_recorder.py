@@ -8,18 +8,20 @@ graph before the forward ends was not kept, and is not counted.
 Beside what is kept, the recorder writes down what a scope would see in each call (`_seen.py`). Modules that a scope
 treats as a whole hand it their forward (`run_composite`), so that what their primitives keep is known as theirs.
 
-Custom autograd Functions are no torch calls; the Python frame of their `apply` names them. What they keep as
-attributes of `ctx`, and not by `save_for_backward`, passes no hook.
+Custom autograd Functions are no torch calls, and from torch 2.14 on `apply` has no Python frame: of what no torch call
+saves, it is noted at which place in autograd's sequence that was, and when the forward is over the graph tells which
+node is the latest before it. What such a Function keeps as attributes of `ctx`, and not by `save_for_backward`, passes
+no hook.
 """
 
 from __future__ import annotations
 
-import sys
+import bisect
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -27,9 +29,10 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from . import _built_in, _consumers, _policy, _stack
+from . import _built_in, _consumers, _graph, _stack
 from ._calls import BACKWARD, RECOGNISED
 from ._composites import Composite
+from ._hooked import innermost_hooks
 from ._hooks import Kept, unpack
 from ._mask_calls import MaskCall
 from ._modules import innermost_module, outermost_module, parameters_of
@@ -37,7 +40,6 @@ from ._recompute_calls import RECOMPUTE
 from ._recording import IN, MADE, OUT, Operation, Saved
 from ._seen import Seen
 
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 UNSEEN = "(no torch call)"
 """What is saved neither by a torch call nor by a custom Function: scripted functions, C++ extensions."""
 
@@ -84,6 +86,7 @@ class Recorder(TorchFunctionMode):
         self._weak: dict[int, StorageWeakRef] = {}  # keeps the address of a storage that is gone from being used again
         self._current: _Current | None = None
         self._within: Operation | None = None
+        self._unseen: list[tuple[int, Operation]] = []  # autograd's sequence number when it saved something
         self._pack_hook = self._pack  # one bound method, to be recognised as the innermost hook
         self._seen = Seen(self._key, self._pack_hook)
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack_hook, unpack)
@@ -110,7 +113,9 @@ class Recorder(TorchFunctionMode):
         if not self.frozen:
             self.frozen = True
             self.saved = [saved for saved in self.saved if saved.held() is not None]
-            self.opaque.update(_custom_functions(roots))
+            nodes = sorted(_graph.nodes(roots), key=lambda node: node._sequence_nr())
+            self.opaque.update(name for node in nodes if (name := _custom_function(node)))
+            self._name_unseen(nodes)
 
     def note_own(self, tensors: Iterable[Tensor]) -> None:
         """These belong to the model: they are listed, and not counted."""
@@ -135,7 +140,7 @@ class Recorder(TorchFunctionMode):
         try:
             result = func(*args, **kwargs)
             if self._current.operation is None and not _is_attribute(func):
-                innermost = _policy.innermost_hooks()
+                innermost = innermost_hooks()
                 if innermost is None or innermost[0] is not self._pack_hook:
                     self.others[getattr(innermost and innermost[0], "__module__", "")] += 1
             with torch._C.DisableTorchFunction():
@@ -168,7 +173,7 @@ class Recorder(TorchFunctionMode):
 
     def _pack(self, t: Tensor) -> Kept:
         with torch._C.DisableTorchFunction():
-            operation = self._operation(sys._getframe(1))
+            operation = self._operation()
             held = Kept(t, operation.name)
             if not self.frozen:
                 leaf = t.grad_fn is None
@@ -181,17 +186,30 @@ class Recorder(TorchFunctionMode):
                     self.uncounted[str(t.layout).removeprefix("torch.")] += 1
         return held
 
-    def _operation(self, frame: FrameType | None) -> Operation:
-        """That of the running call, or of the custom Function that saves a tensor."""
+    def _operation(self) -> Operation:
+        """That of the running call; or a new one, of whatever saves a tensor outside of any."""
         if self._current is not None:
             if self._current.operation is None:
                 self._current.operation = self._new(self._current.name)
             return self._current.operation
-        custom = frame is not None and frame.f_code is _APPLY
-        name = frame.f_locals["cls"].__name__ if custom and frame is not None else UNSEEN
-        operation = self._new(name, custom=custom)
+        operation = self._new(UNSEEN)
+        self._unseen.append((torch._C._autograd._get_sequence_nr(), operation))
         self._append(operation)
         return operation
+
+    def _name_unseen(self, nodes: list[Any]) -> None:
+        """Of what was saved outside of a torch call, find the custom Functions.
+
+        Args:
+            nodes: those of the graph, in the order in which they were made. A node is made before it saves anything,
+                and what a Function's forward records for itself is not of the graph.
+        """
+        numbers = [node._sequence_nr() for node in nodes]
+        for number, operation in self._unseen:
+            latest = bisect.bisect_left(numbers, number) - 1
+            name = _custom_function(nodes[latest]) if latest >= 0 else ""
+            if name:
+                operation.name, operation.custom = name, True
 
     def _new(self, name: str, **what: Any) -> Operation:
         module, model = innermost_module(), outermost_module()
@@ -217,7 +235,7 @@ class Recorder(TorchFunctionMode):
         what = self._seen.call(current.function, current.args, current.kwargs, y, self.saved[current.first :])
         if current.operation is None and not what:
             return
-        operation = self._operation(None)
+        operation = self._operation()
         for key, value in what.items():
             setattr(operation, key, value)
         if what and y is not None:
@@ -273,17 +291,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield from tensors_in(tuple(value.values()))
 
 
-def _custom_functions(roots: Iterable[Tensor]) -> Iterator[str]:
-    """The names of the nodes of custom Functions, Python's and C++'s."""
-    stack: list[Any] = [root.grad_fn for root in roots]
-    seen: set[Any] = {None}
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            yield type(node).__name__.removesuffix("Backward")
-        elif "CppNode" in node.name():
-            yield node.name()
-        stack.extend(following for following, _ in node.next_functions)
+def _custom_function(node: Any) -> str:
+    """The name of a custom Function's node, Python's or C++'s; empty for all others."""
+    if isinstance(node, torch.autograd.function.BackwardCFunction):
+        return type(node).__name__.removesuffix("Backward")
+    name: str = node.name()
+    return name if "CppNode" in name else ""

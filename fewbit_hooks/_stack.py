@@ -23,14 +23,10 @@ from torch.overrides import TorchFunctionMode
 
 from ._around import give_back_codes
 from ._compiled import Coding, coding
-from ._policy import innermost_hooks
+from ._hooked import innermost_hooks
 
 if TYPE_CHECKING:
     from ._scope import scope
-
-
-# older versions of torch may not tell
-_modes_are_off: Callable[[], bool] = getattr(torch._C, "_is_torch_function_all_disabled", lambda: False)
 
 
 class Entry:
@@ -103,7 +99,7 @@ def acting() -> Any:
     """The same at the cost of a look, for what is asked at every call; or a profile's recorder, if there is no entry
     above it. None where torch's modes are off, too."""
     found = _thread.acting
-    if found is None or _modes_are_off():
+    if found is None or torch._C._is_torch_function_all_disabled():
         return None
     # inside a call that is being dispatched, a backward say, the mode is off, and what is recognised by it is not
     return found if not isinstance(found, Entry) or _on_stack(_thread.mode) else None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _fused, _hooks, _one_node, _policy, _recipes, _recompute, _stack
+from . import _fused, _graph, _hooks, _one_node, _policy, _recipes, _recompute, _stack
 from ._again import run_again
 from ._around import change_codes
 from ._calls import Call
@@ -94,7 +94,7 @@ def leave(
 ) -> Any:
     """Make the call as it is, and count what its node keeps."""
     saves = call.activation.saves if call.activation is not None else "several"
-    before = _hooks.latest_node([x]) if saves == "several" else -1
+    before = _graph.latest_node([x]) if saves == "several" else -1
     y = run_it()
     if isinstance(y, Tensor) and y.requires_grad:
         ledger = entry.scope._ledger
@@ -102,7 +102,7 @@ def leave(
         if saves != "several" or entry.around is not None:  # whose hooks would take a look for the backward
             ledger.original(row, local_part(y if saves == "output" else x))
         else:
-            for t in _hooks.saved_since(before, [y]):
+            for t in _graph.saved_since(before, [y]):
                 if t.shape == x.shape:  # prelu's weight is the model's
                     ledger.original(row, local_part(t))
         ledger.ends_at(y)

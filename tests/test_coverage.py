@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore")]
 def test_every_twelfth_of_pytorchs_own_cases(suite: str) -> None:
     for counts in pytorch_cases.count(pytorch_cases.SUITES[suite](12)).values():
         assert counts.wrong == []
-        assert counts.outcomes["equal"] > 200
+        assert counts.outcomes["equal"] > 100  # torch 2.11 has 134 cases of modules, 2.13 has 226
 
 
 @pytest.mark.slow

@@ -283,7 +283,11 @@ def test_a_sharded_activation_has_the_gradient_of_its_part(mesh: Any, activation
     )
     assert (type(y).__name__, type(mine).__name__) == ("DTensor", "DTensor")
     _, plain = gradient(function, x, fewbit.scope(bits=3, min_bytes=0))
-    assert torch.equal(mine.full_tensor(), plain)
+    # a DTensor's backward may be made of primitives (mish's up to torch 2.11), and round as they do
+    _, stocks = gradient(function, distribute_tensor(x, mesh, [Shard(0)]), contextlib.nullcontext())
+    _, of_x = gradient(function, x, contextlib.nullcontext())
+    rounding = (stocks.full_tensor() - of_x).abs().max()
+    assert (mine.full_tensor() - plain).abs().max() <= rounding
 
 
 def test_a_partial_dtensor_is_kept_exact(mesh: Any) -> None:

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fewbit_hooks as fewbit
-from fewbit_hooks import _plan, ops
+from fewbit_hooks import _calls, _plan, _policy, ops
+from fewbit_hooks._activations import Activation
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 BITS_OF = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -158,6 +159,68 @@ def test_zeros_where_denormals_are_flushed(name: str, call: Any, dtype: torch.dt
         assert check(name, call, x, torch.ones_like(x)) == 1
     finally:
         torch.set_flush_denormal(False)
+
+
+@each_call
+def test_denormals_of_a_call_that_was_first_made_where_they_are_flushed(
+    name: str, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_policy, "_plans", {})
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormals")
+    try:
+        x = torch.tensor([1.0, -1.0]).repeat(16)
+        assert check(name, call, x, torch.ones_like(x)) == 1
+    finally:
+        torch.set_flush_denormal(False)
+    x = torch.tensor([1e-45, -1e-45, 1e-39, -1e-39, 0.0, -0.0, 1.0, -1.0]).repeat(8)
+    assert check(name, call, x, torch.ones_like(x)) == 1
+
+
+class Unlike(torch.autograd.Function):
+    """A clamp to [0, 1] of another derivative than torch's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: Any) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.slope = slope
+        return x.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.slope(ctx.saved_tensors[0]).to(grad.dtype), None
+
+
+def half_at_ties(x: Tensor) -> Tensor:
+    return ((x > 0) & (x < 1)) * 0.5 + ((x >= 0) & (x <= 1)) * 0.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("slope", "bits"),
+    [
+        (lambda x: (x > 0) & (x < 1), [1, 1]),  # as from torch 2.14 on
+        (lambda x: (x >= 0) & (x <= 1), [1, 1]),  # as before
+        (lambda x: (x > 0) & (x <= 1), [1, 1]),
+        (half_at_ties, [None, None]),
+        (lambda x: x.abs() == 1, [1, None]),  # two values, but no interval: no matter to a table
+    ],
+)
+def test_where_the_derivative_jumps_is_asked_of_this_torch(
+    slope: Any, bits: list[int | None], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unlike(x: Tensor) -> Tensor:
+        y: Tensor
+        if torch.overrides.has_torch_function_unary(x):  # a mode is on
+            y = torch.overrides.handle_torch_function(unlike, (x,), x)
+        else:
+            y = Unlike.apply(x, slope)  # type: ignore[no-untyped-call]
+        return y
+
+    monkeypatch.setitem(_calls.RECOGNISED, unlike, _calls.Call("clamp", Activation("clamp", unlike, exact=True)))
+    for nan in (False, True):
+        x = hard_inputs(dtype, nan)
+        assert check("clamp", unlike, x, some_grads(x.shape, dtype)) == bits[dtype.itemsize > 2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

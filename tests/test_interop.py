@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,7 +26,9 @@ from torch.utils.checkpoint import (
 )
 
 import fewbit_hooks as fewbit
+from fewbit_hooks import _policy
 from fewbit_hooks._hooks import Packed
+from fewbit_hooks.ops import _dispatch
 
 from .conftest import torch_threads
 
@@ -211,7 +214,15 @@ def save_activations(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoint
     return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-@pytest.mark.parametrize("policy", [save_matmuls, save_activations])
+RESPECTS = "respect_saved_tensors_hooks" in inspect.signature(checkpoint).parameters
+
+
+def save_all_else(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    again = op is torch.ops.aten.addmm.default
+    return CheckpointPolicy.PREFER_RECOMPUTE if again else CheckpointPolicy.MUST_SAVE
+
+
+@pytest.mark.parametrize("policy", [save_matmuls, save_activations, save_all_else])
 @pytest.mark.parametrize(("around", "inside"), [(2, 0), (0, 3), (2, 3)])
 def test_selective_checkpointing_gives_the_gradients_that_it_gave(
     x: Tensor, policy: Any, around: int, inside: int
@@ -219,6 +230,48 @@ def test_selective_checkpointing_gives_the_gradients_that_it_gave(
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
     result, _ = run_checkpointed(x, reentrant=False, around=around, inside=inside, context_fn=contexts)
     assert equal(result, run_plain(x, 3 if inside else None))
+
+
+@pytest.mark.parametrize("policy", [save_activations, save_all_else])
+@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize("kernels", ["numba", "plain torch"])
+def test_what_is_found_out_of_an_activation_is_no_part_of_a_selective_checkpoint(
+    x: Tensor, policy: Any, bits: int, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernels == "plain torch":
+        monkeypatch.setitem(_dispatch._found, ("cpu", "_numba"), _dispatch.Backend(None, "a test"))
+    monkeypatch.setattr(_policy, "_plans", {})  # the first forward asks how the activations are coded, the second not
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    result, _ = run_checkpointed(x, reentrant=False, inside=bits, context_fn=contexts)
+    assert equal(result, run_plain(x, bits))
+
+
+@pytest.mark.skipif(not RESPECTS, reason="this torch hands what selective checkpointing keeps to no saved-tensor hooks")
+@pytest.mark.parametrize("policy", [save_matmuls, save_activations, save_all_else])
+@pytest.mark.parametrize("engine", ["hooks", "fused"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_our_hooks_are_not_handed_what_selective_checkpointing_keeps(
+    x: Tensor, policy: Any, engine: str, recompute: bool
+) -> None:
+    opened = fewbit.scope(bits=3, min_bytes=0, engine=engine, recompute=recompute)
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    handed: list[Tensor] = []
+
+    def run(respect: bool) -> list[Tensor]:
+        def block(h: Tensor) -> Tensor:
+            with opened:  # to keep noise, which is filled in place, stock refuses
+                return net(h) if policy is save_all_else else F.dropout(net(h), 0.5)
+
+        net = model()
+        torch.manual_seed(0)
+        with saved_tensors_hooks(lambda t: handed.append(t) or t, lambda t: t):  # those that are meant
+            y = checkpoint(block, x, use_reentrant=False, context_fn=contexts, respect_saved_tensors_hooks=respect)
+        y.square().mean().backward()
+        return gradients(net)
+
+    expected, before = run(respect=False), len(handed)
+    assert equal(run(respect=True), expected)
+    assert len(handed) > 2 * before
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

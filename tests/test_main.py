@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import fewbit_hooks as fewbit
-from fewbit_hooks import _doctor, ops
+from fewbit_hooks import _doctor, _plan, _policy, ops
 from fewbit_hooks.__main__ import main
 
 
@@ -117,8 +118,15 @@ def test_doctor_has_status_1_where_codes_are_wrong(monkeypatch, capsys) -> None:
     monkeypatch.setattr(_doctor, "TOLERANCE", -1.0)
     assert main(["doctor"]) == 1
     said = capsys.readouterr().out
-    assert "is the gradient the codebook's level?    no: off by" in said
+    assert re.search(r"is the gradient the codebook's level\? +no: off by", said)
     assert "something is wrong" in said
+
+
+def test_doctor_has_status_1_where_what_is_exact_is_not(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(_policy, "_plans", {})
+    monkeypatch.setattr(_plan, "_between", lambda values, second, nan: ops.Between(0.25, 0.75))
+    assert main(["doctor"]) == 1
+    assert re.search("exact gradients stock's.* no: clamp, hardshrink, hardsigmoid, ", capsys.readouterr().out)
 
 
 def test_a_picture_that_cannot_be_drawn_is_an_error_not_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:

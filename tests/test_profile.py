@@ -168,6 +168,40 @@ def test_custom_functions_are_named_as_what_cannot_be_looked_into() -> None:
     assert row(profile, "Cube").storages == 2
 
 
+class RecordsItself(torch.autograd.Function):
+    """Its forward records a graph of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            y = (x.detach().requires_grad_().exp() * 2).sum()
+        ctx.save_for_backward(x, y.detach())
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+def test_what_a_custom_function_saves_is_told_from_what_is_saved_beside_it() -> None:
+    linear = nn.Linear(64, 256)
+
+    def step() -> Tensor:
+        x = Cube.apply(linear(torch.randn(128, 64)))
+        with torch._C.DisableTorchFunction():  # calls that no mode sees
+            x = x.sigmoid() * x.exp()
+        return RecordsItself.apply(x).sin()
+
+    profile = fewbit.profile(step)
+    assert {name: nodes for name, (nodes, _) in profile.opaque.items()} == {"Cube": 1, "RecordsItself": 1}
+    assert {r.operation: r.storages for r in profile.rows if r.module != "Linear"} == {
+        "Cube": 1,
+        "RecordsItself": 2,
+        "sin": 1,
+        "(no torch call)": 2,
+    }
+
+
 def test_what_is_inside_a_checkpoint_is_said_not_to_be_seen() -> None:
     model, x = mlp()
     profile = fewbit.profile(lambda: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False).sum())

@@ -7,6 +7,9 @@ from ._coders import Thresholds as Thresholds
 from ._coders import compare as compare
 from ._devices import capturing as capturing
 from ._devices import put as put
+from ._devices import seen_by_modes as seen_by_modes
+from ._devices import unnoticed as unnoticed
+from ._devices import unseen as unseen
 from ._devices import waiting as waiting
 from ._dispatch import backend as backend
 from ._dispatch import decode as decode

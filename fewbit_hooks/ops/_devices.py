@@ -1,17 +1,56 @@
-"""What is made once for a device and stays there: tables."""
+"""What is made once for a device and stays there: tables; and how nobody notices."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 @contextlib.contextmanager
+def unseen() -> Iterator[None]:
+    """No mode of anybody's sees the calls of torch that are made here.
+
+    What is asked once of a kernel is not of the step, and is not there when the step is run again: selective
+    checkpointing, a mode that hands out in a second forward what it saw in the first, would hand it to another.
+    """
+    with contextlib.ExitStack() as without:
+        without.enter_context(torch._C.DisableTorchFunction())
+        if seen_by_modes():
+            from torch.utils._python_dispatch import _disable_current_modes  # it imports much
+
+            without.enter_context(_disable_current_modes())
+        yield
+
+
+def unnoticed() -> AbstractContextManager[Any]:
+    """Nothing is recognised in what codes a tensor here, and selective checkpointing keeps none of it.
+
+    It would hand out the codes' memory a second time, and takes what is written there for a change in place. Any other
+    `TorchDispatchMode`, which may count what is allocated, sees it.
+    """
+    if seen_by_modes() and _selectively_checkpointed():
+        return unseen()
+    return torch._C.DisableTorchFunction()
+
+
+def seen_by_modes() -> bool:
+    """Whether a `TorchDispatchMode` sees each call."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def _selectively_checkpointed() -> bool:
+    modes = (torch._C._get_dispatch_stack_at(i) for i in range(torch._C._len_torch_dispatch_stack()))
+    return any(type(mode).__module__ == "torch.utils.checkpoint" for mode in modes)
+
+
+@contextlib.contextmanager
 def waiting(device: torch.device) -> Iterator[None]:
-    """The host may wait for the device here, and nothing is recognised or recorded.
+    """The host may wait for the device here, and nothing is recognised, recorded or seen.
 
     In the end it has waited: what was made here is there for every stream, and not only for the one that it was made
     on.
@@ -27,7 +66,7 @@ def waiting(device: torch.device) -> Iterator[None]:
     try:
         if mode:
             torch.cuda.set_sync_debug_mode(0)
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with unseen(), torch.no_grad():
             yield
             if cuda:
                 torch.cuda.current_stream(device).synchronize()
