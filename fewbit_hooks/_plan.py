@@ -89,11 +89,14 @@ class Plan:
         """What maps a flat chunk to codes: of the input if the activation is smooth, else of the saved tensor."""
         if self.thresholds is not None:
             return self.thresholds
-        key = dtype, device
-        if key not in self._coders:
-            with ops.waiting(device):
-                self._coders[key] = self._two_valued_coder(dtype, device)
-        return self._coders[key]
+        coder = self._two_valued_coder(dtype, device)
+        if coder is None:
+            name = self.activation.name
+            raise FewbitError(
+                f"the derivative of {name} in {dtype} on {device} is not two-valued, as it is known to be. Please "
+                f"report this; scope(bits={{{name!r}: None, ...}}) keeps it exact."
+            )
+        return coder
 
     def rows(self, k: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         """The decoding table of the k-th tensor that the call saves; None if that one is not of the input's shape.
@@ -210,20 +213,21 @@ class Plan:
     def is_two_valued(self, dtype: torch.dtype) -> bool:
         """Of an activation that is exact: whether its derivative has two values in this torch, too, and jumps where it
         was looked for."""
-        return self._ask_for_two_values(dtype, torch.device("cpu")) is not None
+        return self._two_valued_coder(dtype, torch.device("cpu")) is not None
 
-    def _two_valued_coder(self, dtype: torch.dtype, device: torch.device) -> Coder:
-        coder = self._ask_for_two_values(dtype, device)
-        if coder is None:
-            name = self.activation.name
-            raise FewbitError(
-                f"the derivative of {name} in {dtype} on {device} is not two-valued, as it is known to be. Please "
-                f"report this; scope(bits={{{name!r}: None, ...}}) keeps it exact."
-            )
-        return coder
+    def _two_valued_coder(self, dtype: torch.dtype, device: torch.device) -> Coder | None:
+        """Tells which saved values have another derivative than the first; None if there is a third, or no interval."""
+        key = dtype, device
+        if key not in self._coders:
+            with ops.waiting(device):
+                coder = self._ask_for_two_values(dtype, device)
+                if coder is None:
+                    return None
+                self._coders[key] = coder
+        return self._coders[key]
 
     def _ask_for_two_values(self, dtype: torch.dtype, device: torch.device) -> Coder | None:
-        """Tell which saved values have another derivative than the first; None if there is a third, or no interval.
+        """See above.
 
         Ties and limits are not alike in all kernels (in 16 bits each rounds hardtanh's 0.1 in its own way), nor in all
         versions of torch (at the limits of clamp the derivative was 1, and is 0 from 2.14 on): ask the kernel.
