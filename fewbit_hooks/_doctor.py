@@ -22,7 +22,7 @@ from ._policy import disabled
 from ._report import align, human
 from ._scope import scope
 
-TESTED = (2, 10), (2, 14)
+TESTED = (2, 11), (2, 14)
 """The oldest and the newest torch with which all tests were run."""
 ELEMENTS = 2**16 + 5  # not a whole number of bytes of codes
 BITS = 3
@@ -78,8 +78,8 @@ def environment() -> Iterator[tuple[str, str]]:
 def untested(version: str) -> str:
     """What is to be said of a version of torch.
 
-    >>> untested("2.11.0+cu130"), untested("2.99.0")
-    ('', '; tested with 2.10 to 2.14')
+    >>> untested("2.13.0+cu130"), untested("2.99.0")
+    ('', '; tested with 2.11 to 2.14')
     """
     major, minor = version.split(".")[:2]
     oldest, newest = TESTED

@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fewbit_hooks import Codebook, FewbitError, FewbitTypeError, FewbitValueError, codebook
@@ -48,6 +48,7 @@ def codebooks(draw):
     )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # the first text makes a table of all characters
 @given(codebooks())
 def test_json_gives_back_the_same_codebook(book):
     again = Codebook.from_json(book.to_json())
