@@ -22,7 +22,7 @@ from torch import Tensor
 from . import ops
 from ._errors import FewbitTypeError, FewbitValueError
 
-Parameter = float | str | None
+Parameter = float | str | bool | None
 
 
 def _no_jumps(**parameters: Parameter) -> tuple[float, ...]:
@@ -84,6 +84,10 @@ class Activation:
             raise FewbitTypeError(f"{self.name}: {key} must be like {self.parameters[key]!r}, got {value!r}")
         if isinstance(value, str) or value is None:
             return value
+        if isinstance(self.parameters[key], bool):
+            if not isinstance(value, (bool, np.bool_)):
+                raise FewbitTypeError(f"{self.name}: {key} must be True or False, got {value!r}")
+            return bool(value)
         if isinstance(value, Tensor) or not isinstance(value, (int, float, np.number)):
             raise FewbitTypeError(f"{self.name}: {key} must be a number, got {type(value).__name__}")
         try:

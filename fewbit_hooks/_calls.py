@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import _activations
 from ._activations import Activation
-from ._errors import FewbitError
+from ._errors import FewbitError, FewbitTypeError
 
 
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -55,9 +55,11 @@ class Call:
         """The activation's parameters, and whether this call overwrites its input.
 
         Raises:
-            FewbitError: a parameter for which there is no codebook (a tensor, nan).
+            FewbitError: a parameter for which there is no codebook (a tensor, nan), or that is not known.
         """
         assert self.activation is not None
+        if len(args) > 1 + len(self.names):
+            raise FewbitTypeError(f"{self.name} is given {len(args) - 1} parameters, and {len(self.names)} are known")
         given = dict(zip(self.names, args[1:], strict=False))
         given.update((key, value) for key, value in kwargs.items() if key not in ("input", "self"))
         inplace = self.inplace or bool(given.pop("inplace", False))

@@ -19,7 +19,7 @@ from torch import Tensor
 from ._errors import FewbitError, FewbitTypeError, FewbitValueError
 from ._quantizer import check_bits, check_interval
 
-Parameter: TypeAlias = float | str | None
+Parameter: TypeAlias = float | str | bool | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,6 +277,6 @@ def _parameters(parameters: Any) -> Mapping[str, Parameter]:
     if not isinstance(parameters, Mapping) or not all(isinstance(key, str) for key in parameters):
         raise FewbitTypeError(f"parameters must be a mapping from names, got {parameters!r}")
     for key, value in parameters.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float, str, type(None))):
-            raise FewbitTypeError(f"parameters: {key} must be a number, a str or None, got {value!r}")
+        if not isinstance(value, (int, float, str, type(None))):
+            raise FewbitTypeError(f"parameters: {key} must be a number, a str, a bool or None, got {value!r}")
     return MappingProxyType(dict(parameters))

@@ -30,7 +30,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import _activations, _compiled, _policy, _recipes, _recompute, _stack, _treatment
+from . import _activations, _compiled, _policy, _recipes, _recompute, _stack, _treatment, ops
 from ._activations import Activation, Parameter, pristine
 from ._calls import Call
 from ._errors import FewbitTypeError, FewbitValueError
@@ -322,8 +322,9 @@ def look_at(composite: Composite, module: nn.Module, x: Tensor) -> Facts:
     """Ask an instance, once for each dtype and state, what it computes and saves."""
     facts = _known(module, x)
     if facts is None:
-        reason = _reason_to_leave(composite, module, x)
-        facts = Facts(reason, Saves(0.0, True)) if reason else Facts("", _saves(composite, module, x))
+        with ops.unseen():
+            reason = _reason_to_leave(composite, module, x)
+            facts = Facts(reason, Saves(0.0, True)) if reason else Facts("", _saves(composite, module, x))
         _facts.setdefault(module, {})[_state(module, x)] = facts
     return facts
 
@@ -335,7 +336,8 @@ def _known(module: nn.Module, x: Tensor) -> Facts | None:
 
 def _state(module: nn.Module, x: Tensor) -> Any:
     trainable = tuple([p.requires_grad for p in module._parameters.values() if p is not None])
-    return x.dtype, x.device, x.requires_grad, trainable, Autocast.of(x.device.type)
+    plain = tuple([item for item in module.__dict__.items() if type(item[1]) in (bool, int, float, str)])
+    return x.dtype, x.device, x.requires_grad, trainable, plain, Autocast.of(x.device.type)
 
 
 def _reason_to_leave(composite: Composite, module: nn.Module, x: Tensor) -> str:

@@ -13,7 +13,7 @@ from . import _modules
 from ._errors import FewbitTypeError
 
 Rule: TypeAlias = str | type[nn.Module] | Callable[[nn.Module], bool]
-Chain: TypeAlias = tuple[_modules.ModuleRef, ...]
+Chain: TypeAlias = tuple[tuple[_modules.ModuleRef, bool], ...]
 
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """What torch.compile, FSDP and checkpoint wrappers call the module that they wrap."""
@@ -53,12 +53,18 @@ class Exclusion:
         if not chain:
             return False
         found = self._found.setdefault(chain[0], {})
-        key = tuple([weakref.ref(module) for module in chain])  # one module may be called from several
+        # one module may be called from several; and a predicate may go by the mode
+        key = tuple([(weakref.ref(module), module.training) for module in chain])
         if key not in found:
             if len(found) >= CALLERS:
                 found.clear()
             # a container that is never called itself, an nn.ModuleList say, is named by its contents' names
-            names = {parent for name in _names(chain) for parent in _parents(name)}
+            all_names: dict[int, list[str]] = {}
+            for name, module in _named(chain[-1]):
+                all_names.setdefault(id(module), []).append(name)
+            names = {parent for name in _names(chain, all_names) for parent in _parents(name)}
+            # a rule that is the name of a module itself means that module, whoever calls it
+            names |= {name for module in chain for name in all_names.get(id(module), []) if name in self.rules}
             self._models.add(chain[-1])
             found[key] = any(_matches(rule, chain, names) for rule in self.rules)
         return found[key]
@@ -79,12 +85,13 @@ class Exclusion:
         self.__init__(state["rules"])  # type: ignore[misc]
 
 
-def _names(chain: list[nn.Module]) -> Iterator[str]:
-    """The names of modules, each inside the next, as the last one gives them. Of several names of one module those
-    count that lie inside the name of a module around it."""
-    names: dict[int, list[str]] = {}
-    for name, module in _named(chain[-1]):
-        names.setdefault(id(module), []).append(name)
+def _names(chain: list[nn.Module], names: dict[int, list[str]]) -> Iterator[str]:
+    """The names of modules, each inside the next. Of several names of one module those count that lie inside the name
+    of a module around it.
+
+    Args:
+        names: those that the last one gives each, by `id`.
+    """
     around = [""]
     for module in reversed(chain):
         mine = names.get(id(module), [])

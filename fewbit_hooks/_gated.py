@@ -144,14 +144,15 @@ def _trees() -> list[tuple[Form, ast.FunctionDef | None]]:
 
 def _function(source: str) -> ast.FunctionDef | None:
     """A function of two arguments, without its docstring and annotations."""
-    (function,) = ast.parse(textwrap.dedent(source)).body
-    match function:
-        case ast.FunctionDef(
-            args=ast.arguments(
-                posonlyargs=[], args=[ast.arg(), ast.arg()], vararg=None, kwonlyargs=[], kwarg=None, defaults=[]
-            ),
-            decorator_list=[],
-        ):
+    match ast.parse(textwrap.dedent(source)).body:  # Python 3.13 may give another source for what exec made
+        case [
+            ast.FunctionDef(
+                args=ast.arguments(
+                    posonlyargs=[], args=[ast.arg(), ast.arg()], vararg=None, kwonlyargs=[], kwarg=None, defaults=[]
+                ),
+                decorator_list=[],
+            ) as function
+        ]:
             if ast.get_docstring(function, clean=False) is not None:
                 del function.body[0]
             function.returns, function.name = None, "forward"

@@ -63,7 +63,7 @@ class Settings:
     exclude: Exclusion = field(default_factory=Exclusion)
     exact: bool = False
     recompute: bool = False
-    codebooks: Mapping[str, Codebook] = field(default_factory=dict)
+    codebooks: Mapping[str, tuple[Codebook, ...]] = field(default_factory=dict)
     engine: str = "auto"
 
     def bits_for(self, name: str, x: Tensor, exact: bool) -> int | None:
@@ -116,7 +116,7 @@ def check_settings(
     return Settings(bits, int(min_bytes), Exclusion(exclude), exact, recompute, _check_codebooks(codebooks), engine)
 
 
-def _check_codebooks(codebooks: object) -> dict[str, Codebook]:
+def _check_codebooks(codebooks: object) -> dict[str, tuple[Codebook, ...]]:
     given = codebooks.values() if isinstance(codebooks, Mapping) else codebooks
     if isinstance(given, Codebook):
         given = (given,)
@@ -131,7 +131,18 @@ def _check_codebooks(codebooks: object) -> dict[str, Codebook]:
         for name, book in codebooks.items():
             if name != book.name:
                 raise FewbitValueError(f"codebooks: {name!r} maps to a codebook of {book.name!r}")
-    return {book.name: book for book in given}
+    books: dict[str, tuple[Codebook, ...]] = {}
+    for book in given:
+        others = books.get(book.name, ())
+        if _of_parameters(others, _activations.find(book.name).check(book.parameters)) is not None:
+            raise FewbitValueError(f"codebooks: two are of {book.name} with the same parameters, {book.parameters}")
+        books[book.name] = (*others, book)
+    return books
+
+
+def _of_parameters(books: Iterable[Codebook], parameters: Mapping[str, object]) -> Codebook | None:
+    """The codebook of an activation with these parameters, where those that it does not name have their defaults."""
+    return next((b for b in books if _activations.find(b.name).check(b.parameters) == parameters), None)
 
 
 def disabled() -> bool:
@@ -165,7 +176,7 @@ def obstacle(x: Tensor, hooks: object, *, in_parts: bool = False) -> str:
     top = torch._C._autograd._top_saved_tensors_default_hooks(False)
     if top is not None and (hooks is None or top[0] is not hooks):
         # innermost hooks win; packing inside a non-reentrant checkpoint takes from it what it expects to see
-        return CHECKPOINT if top[0].__module__ == "torch.utils.checkpoint" else HOOKS
+        return CHECKPOINT if getattr(top[0], "__module__", "") == "torch.utils.checkpoint" else HOOKS
     return ""
 
 
@@ -217,13 +228,14 @@ def make_plan(
     for value in (*rest, *named.values()):
         if not isinstance(value, (int, float, str, type(None))):  # a tensor as a key would match after it has changed
             raise Keep(f"an argument of {call.name} is a {type(value).__name__}")
-    book = settings.codebooks.get(call.name)
-    key = function, activation, rest, tuple(named.items()), bits, book
+    books = settings.codebooks.get(call.name, ())
+    key = function, activation, rest, tuple(named.items()), bits, books
     plan = _plans.get(key)
     if plan is None:
         try:
             parameters, inplace = call.parameters(args, kwargs)
-            if not activation.exact and (book is None or dict(book.parameters) != parameters):
+            book = _of_parameters(books, parameters)
+            if not activation.exact and book is None:
                 _limit_own(activation, parameters)
                 book = codebook(call.name, bits, weight=activation.weight, interval=activation.interval, **parameters)
         except FewbitError as error:

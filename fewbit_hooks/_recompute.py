@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import _policy, _recipes, _sites, _stack
+from . import _policy, _recipes, _sites, _stack, ops
 from ._again import run_again
 from ._calls import input_of
 from ._consumers import consume
@@ -225,8 +225,9 @@ def _facts(
     dtypes = tuple(p.dtype for p in parameters)
     key = name, x.dtype, x.device, shape, trainable, dtypes, str(others), Autocast.of(x.device.type)
     if key not in _known_facts:
-        probe = torch.zeros(shape, dtype=x.dtype, device=x.device)
-        primitives = saves(lambda t: forward(t, *parameters), probe, parameters, autocast=True)
+        with ops.unseen():
+            probe = torch.zeros(shape, dtype=x.dtype, device=x.device)
+            primitives = saves(lambda t: forward(t, *parameters), probe, parameters, autocast=True)
         if len(_known_facts) >= _policy.MAX_PLANS:
             _known_facts.clear()
         _known_facts[key] = primitives

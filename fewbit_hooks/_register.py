@@ -140,6 +140,8 @@ def _parameters(function: Callable[..., Any], name: str) -> tuple[str, dict[str,
         first, *given = inspect.signature(function).parameters.values()
     except ValueError:  # a builtin: torch.ops.my_library.f, or one without arguments
         return "input", {}
+    if variadic := next((p for p in given if p.kind is p.VAR_POSITIONAL), None):
+        raise FewbitTypeError(f"register: {name} takes any number of arguments, *{variadic.name}: give each a name")
     without = [p.name for p in given if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if without:
         raise FewbitTypeError(

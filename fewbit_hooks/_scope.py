@@ -129,7 +129,7 @@ class scope:
         if settings.exclude.rules:
             changed.append(f"exclude={settings.exclude.rules!r}")
         if settings.codebooks:
-            changed.append(f"codebooks={list(settings.codebooks.values())!r}")
+            changed.append(f"codebooks={[book for books in settings.codebooks.values() for book in books]!r}")
         return f"fewbit_hooks.scope({', '.join([f'bits={settings.bits!r}, min_bytes={settings.min_bytes}', *changed])})"
 
     def __enter__(self) -> scope:
@@ -178,9 +178,11 @@ class scope:
             raise FewbitTypeError(
                 f"a scope decorates functions, got the class {function.__name__}: decorate its forward"
             )
-        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        called = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
+        if inspect.iscoroutinefunction(called) or inspect.isasyncgenfunction(called):
+            name = getattr(function, "__name__", function)
             raise FewbitTypeError(
-                f"a scope does not decorate the coroutine function {function.__name__}: other tasks would run inside "
+                f"a scope does not decorate the coroutine function {name}: other tasks would run inside "
                 "it while it awaits. Open the scope inside, around code that does not await."
             )
         argument: Any = function
@@ -190,7 +192,7 @@ class scope:
             )
             missing = "; the decorator is @scope(), with parentheses" if callable(self._settings.bits) else ""
             raise FewbitTypeError(f"a scope decorates functions, got {given}{missing}")
-        generates = inspect.isgeneratorfunction(function)
+        generates = inspect.isgeneratorfunction(called)
         run = cast(Callable[..., R], self._run_generator if generates else self._run)
         if not inspect.isroutine(function) or inspect.ismethod(function):
             # A bound method or a module, say: a copy of whoever holds the result must call its copy. Functions are

@@ -33,17 +33,18 @@ def run(entry: Entry, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict
     x = call.input(args, kwargs)
     if not isinstance(x, Tensor):
         return func(*args, **kwargs)
-    run_it = functools.partial(call.one_node or func, *args, **kwargs)
+    function = call.one_node or func
+    run_it = functools.partial(function, *args, **kwargs)
     try:
         if not admits(entry, call.name, x, in_parts=call.one_node is None):
             return run_it()
-        plan = _policy.make_plan(entry.scope._settings, call, func, args, kwargs, x)
+        plan = _policy.make_plan(entry.scope._settings, call, function, args, kwargs, x)
         if call.one_node is not None and plan.captures(x):
             raise Keep(_policy.CAPTURED)
     except Keep as keep:
         return leave(entry, call, str(keep), x, run_it)
     if call.one_node is not None:
-        return as_one_node(entry, plan, x, run_it, call.one_node, plan.primitives(x))
+        return as_one_node(entry, plan, x, run_it, plan.function, plan.primitives(x))
     return _as_it_is(entry, call, plan, x, run_it)
 
 
@@ -140,7 +141,12 @@ def as_one_node(
     forward: Callable[..., Tensor],
     primitives: Saves,
 ) -> Tensor:
-    """Run an activation that is written in primitives as one node: from codes, from its output, or again."""
+    """Run an activation that is written in primitives as one node: from codes, from its output, or again.
+
+    Args:
+        run_it: the call.
+        forward: the same of its input alone.
+    """
     ledger, name = entry.scope._ledger, plan.activation.name
     site, verdict = _site(entry, name, entry.recomputes)
     if verdict in (Verdict.LEAVE, Verdict.INPUT):

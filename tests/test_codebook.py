@@ -223,7 +223,7 @@ def test_json_that_is_no_text_is_refused():
         ("folded", 1, FewbitTypeError, "folded must be a bool, got 1"),
         ("name", None, FewbitTypeError, "name must be a str, got None"),
         ("parameters", [1], FewbitTypeError, "parameters must be a mapping from names, got [1]"),
-        ("parameters", {"a": [1]}, FewbitTypeError, "parameters: a must be a number, a str or None, got [1]"),
+        ("parameters", {"a": [1]}, FewbitTypeError, "parameters: a must be a number, a str, a bool or None, got [1]"),
         ("interval", (1, -1), FewbitValueError, "interval must be two finite numbers, the lower one first"),
     ],
 )

@@ -623,6 +623,28 @@ def test_no_registry_keeps_a_model_alive_in_an_open_scope(x: Tensor) -> None:
 # register_module
 
 
+class Sharp(nn.Module):
+    """silu, at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid((self.beta if self.training else 3.0) * x)
+
+
+@pytest.mark.parametrize("change", [lambda m: setattr(m, "beta", 4.0), lambda m: m.eval()], ids=["beta", "eval"])
+def test_an_instance_that_comes_to_compute_something_else_is_left_as_it_is(change: Any, x: Tensor) -> None:
+    module = fewbit.register_module(Sharp, "silu")()
+    with fewbit.scope(bits=2, min_bytes=0) as memory:
+        module(x)
+        change(module)
+        (grad,) = torch.autograd.grad(module(x).sum(), x)
+    assert [row.bits for row in memory.report().rows] == [2, None]
+    assert torch.equal(grad, torch.autograd.grad(module(x).sum(), x)[0])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

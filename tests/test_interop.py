@@ -8,6 +8,7 @@ import contextlib
 import functools
 import inspect
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -244,6 +245,46 @@ def test_what_is_found_out_of_an_activation_is_no_part_of_a_selective_checkpoint
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
     result, _ = run_checkpointed(x, reentrant=False, inside=bits, context_fn=contexts)
     assert equal(result, run_plain(x, bits))
+
+
+@pytest.mark.parametrize("settings", [{}, {"exact": True}, {"recompute": True}, {"engine": "fused"}])
+@pytest.mark.parametrize("act", ["a composite", "a registered function"])
+def test_nor_is_what_is_found_out_of_what_is_written_in_primitives(act: str, settings: Any) -> None:
+    class Composite(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.sigmoid(x)
+
+    run = fewbit.register_module(Composite, "silu")() if act == "a composite" else fewbit.register(odd)
+    scales = nn.Parameter(torch.rand(8)), nn.Parameter(torch.rand(8))
+    first, last = nn.Linear(16, 16), nn.Linear(16, 16)
+    factories = [torch.ops.aten.cat.default, torch.ops.aten.zeros.default, torch.ops.aten.linspace.default]
+    contexts = functools.partial(create_selective_checkpoint_contexts, factories)
+
+    def block(x: Tensor) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", fewbit.FewbitWarning)
+            with fewbit.scope(min_bytes=0, **settings):
+                h = run(first(x)) * torch.cat(scales) + torch.zeros(16) + torch.linspace(0, 1, 16)
+                return last(h)
+
+    x = torch.randn(4, 16, requires_grad=True)
+    checkpointed = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+    results = [
+        torch.autograd.grad(y.square().sum(), [x, *scales, *first.parameters()]) for y in (checkpointed, block(x))
+    ]
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def odd(x: Tensor) -> Tensor:
+    return x * torch.tanh(x)
+
+
+def test_pack_hooks_without_a_module_of_their_own_are_others_hooks(x: Tensor) -> None:
+    leaf = x.clone().requires_grad_()
+    with quiet(2), saved_tensors_hooks(Tensor.cpu, Tensor.cpu):  # type: ignore[arg-type]
+        y = F.gelu(leaf)
+    (grad,) = torch.autograd.grad(y.sum(), leaf)
+    assert torch.equal(grad, torch.autograd.grad(F.gelu(leaf).sum(), leaf)[0])
 
 
 @pytest.mark.skipif(not RESPECTS, reason="this torch hands what selective checkpointing keeps to no saved-tensor hooks")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -254,6 +255,39 @@ class TestExclude:
             net(torch.randn(32, 16))
         found = {row.bits: (row.calls, row.reason) for row in memory.report().rows}
         assert found == {1: (1, ""), None: (1, "excluded")}
+
+    @pytest.mark.filterwarnings("ignore:fewbit_hooks.scope compressed nothing")
+    @pytest.mark.parametrize(("exclude", "kept"), [("act", 2), ("first.1", 2), ("ac?", 1)])
+    def test_a_modules_own_name_names_it_whoever_calls_it(self, exclude: str, kept: int) -> None:
+        act = nn.SiLU()
+        net = nn.Sequential(OrderedDict(act=act, first=nn.Sequential(nn.Linear(16, 16), act)))
+        with fewbit.scope(bits=1, min_bytes=0, exclude=exclude) as memory:
+            net(torch.randn(32, 16, requires_grad=True))
+        assert sum(row.calls for row in memory.report().rows if row.reason == "excluded") == kept
+
+    def test_a_predicate_may_go_by_the_mode(self) -> None:
+        net = nn.Sequential(nn.Linear(16, 16), nn.SiLU())
+        scope = fewbit.scope(bits=1, min_bytes=0, exclude=lambda module: not module.training)
+        for training in (True, False, True):
+            with scope as memory:
+                y = net.train(training)(torch.randn(32, 16))
+            assert [row.reason for row in memory.report().rows] == ([""] if training else ["excluded"])
+            y.sum().backward()
+
+
+def test_codebooks_of_several_parameters_are_used_for_each(x: Tensor) -> None:
+    books = [fewbit.codebook("gelu", 8), fewbit.codebook("gelu", 7, approximate="tanh"), fewbit.codebook("elu", 6)]
+    bare = dataclasses.replace(books[2], parameters={})  # a parameter that is not named has its default
+    for given in ([*books[:2], bare], [bare, *books[1::-1]]):
+        with fewbit.scope(bits=1, min_bytes=0, codebooks=given) as memory:
+            F.gelu(x)
+            F.gelu(x, approximate="tanh")
+            F.elu(x)
+        assert [row.bits for row in memory.report().rows] == [8, 7, 6]
+    with pytest.raises(fewbit.FewbitValueError, match="two are of elu with the same parameters"):
+        fewbit.scope(codebooks=[books[2], bare])
+    with pytest.raises(fewbit.FewbitValueError, match="elu has no parameter 'slope'"):
+        fewbit.scope(codebooks=dataclasses.replace(bare, parameters={"slope": 1.0}))
 
 
 def test_codebooks_given_are_used_for_their_activation_and_parameters(x: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -140,6 +141,54 @@ def test_each_combination_of_parameters_has_its_own_codebook() -> None:
         y, grad, _ = gradient(call, x)
         assert torch.equal(y, swish(x, slope))
         assert torch.equal(grad, 2 * fewbit.codebook("swish", 3, slope=slope).derivative(x))
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"engine": "fused"}, {"recompute": True}, {"exact": True}], ids=["", "fused", "recompute", "exact"]
+)
+@pytest.mark.parametrize("held", ["by nobody", "by a product", "by a Linear behind", "it has an infinity"])
+def test_a_call_has_its_own_parameters_however_it_is_run(settings: Any, held: str) -> None:
+    function = fewbit.register(swish)
+    first, last = nn.Linear(32, 32), nn.Linear(32, 32)
+    x = torch.randn(64, 32)
+
+    def forward(swish: Any) -> Tensor:
+        h = first(x)
+        if held == "it has an infinity":
+            h = h.index_fill(0, torch.tensor([0]), torch.inf)
+        y = swish(h, 0.5)
+        return y * h if held == "by a product" else last(y) if held == "by a Linear behind" else y
+
+    class Model(nn.Module):
+        def forward(self, swish: Any) -> Tensor:
+            return forward(swish)
+
+    parameters = [*first.parameters(), *last.parameters()]
+    model, scope = Model(), fewbit.scope(bits=8, min_bytes=0, **settings)
+    expected = forward(swish)
+    stocks = torch.autograd.grad(expected.nan_to_num(0, 0, 0).sum(), parameters, allow_unused=True)
+    for _ in range(5):  # it learns who else keeps what
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", fewbit.FewbitWarning)  # with exact=True nothing is compressed
+            with scope:
+                y = model(function)
+        assert torch.equal(y.nan_to_num(), expected.nan_to_num())
+        for mine, its in zip(
+            torch.autograd.grad(y.nan_to_num(0, 0, 0).sum(), parameters, allow_unused=True), stocks, strict=True
+        ):
+            if its is not None and held != "it has an infinity":
+                torch.testing.assert_close(mine, its, rtol=0.02, atol=0.02 * float(its.abs().max()))
+
+
+def test_a_parameter_may_be_true_or_false() -> None:
+    def half(x: Tensor, really: bool = False) -> Tensor:
+        return torch.tanh(x) * (0.5 if really is True else 1.0)
+
+    function = fewbit.register(half)
+    for really in (True, False):
+        _, grad, _ = gradient(lambda x, really=really: function(x, really), inputs(), 8)
+        (exact,) = torch.autograd.grad(half(x := inputs().requires_grad_(), really).sum(), x)
+        assert (grad / 2 - exact).abs().max() < 0.02
 
 
 def test_the_input_may_have_any_name_and_be_passed_by_it() -> None:
@@ -373,6 +422,10 @@ def test_registering_a_name_anew_replaces_the_function_and_its_codebooks() -> No
     assert torch.equal(second, 2 * fewbit.codebook("wave", 3).derivative(x))
 
 
+def any_number(x: Tensor, *slopes: float) -> Tensor:
+    return x * sum(slopes)
+
+
 def no_default(x: Tensor, slope: float) -> Tensor:
     return x * slope
 
@@ -407,6 +460,7 @@ def root(x: Tensor) -> Tensor:
         (swish, "default", fewbit.FewbitValueError, "name must be an identifier other than 'default'"),
         (lambda x: x, None, fewbit.FewbitValueError, "got '<lambda>'"),
         (no_default, None, fewbit.FewbitTypeError, "no_default's parameter 'slope' needs a default"),
+        (any_number, None, fewbit.FewbitTypeError, "any_number takes any number of arguments, *slopes"),
         (3, None, fewbit.FewbitTypeError, "register takes a function of a tensor, got 3"),
     ],
 )

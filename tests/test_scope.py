@@ -204,7 +204,12 @@ def test_a_coroutine_function_and_a_class_are_refused() -> None:
     async def steps() -> Iterator[int]:
         yield 1
 
-    for function in (step, steps):
+    class Step:
+        __name__ = "step"
+
+        async def __call__(self) -> None: ...
+
+    for function in (step, steps, Step()):
         with pytest.raises(TypeError, match="coroutine function step"):
             fewbit.scope()(function)
     with pytest.raises(fewbit.FewbitError, match="decorate its forward"):
