@@ -44,6 +44,8 @@ Function: TypeAlias = Callable[[Array], Array]
 GAUSS_NODES, GAUSS_WEIGHTS = np.polynomial.legendre.leggauss(3)
 FINE_PER_COARSE = 32
 REACH = 8  # candidates on each side of a boundary while it moves on the fine grid, and among the cuts
+TINY = float(np.finfo(np.float32).tiny)
+"""The smallest normal float32 number: beside 0, and never flushed to it."""
 SNAP_MAY_COST = 0.01  # a larger loss than 1 % of E, and exactness in float16 is given up for that in float32
 
 
@@ -111,7 +113,7 @@ def optimal_quantizer(
     problem = _Problem(derivative, weight, check_interval(interval), folded, jumps, edges)
     optimum = problem.nodes[problem.refine(problem.search(pieces))]
 
-    rounded = problem.fit(_single(optimum))
+    rounded = problem.fit(problem.with_zero_on_its_side(_single(optimum), -TINY, 0.0))
     on_cuts = (problem.fit(problem.choose(*snapped)) for snapped in _snapped(optimum, problem.jumps))
     snapped = min(on_cuts, key=lambda fit: fit.error, default=rounded)
     return snapped if snapped.error <= (1 + SNAP_MAY_COST) * rounded.error else rounded
@@ -232,7 +234,20 @@ class _Problem:
             if now == math.inf:
                 break
             boundaries = np.take_along_axis(cuts, path[None], axis=0)[0]
-        return boundaries
+        return self.with_zero_on_its_side(boundaries, *cuts_around(0.0, scale, 1)[:2])
+
+    def with_zero_on_its_side(self, boundaries: Array, below: float, above: float) -> Array:
+        """A boundary at a jump at 0 so that 0 is on the side whose derivative it has: to the error it is all one, but 0
+        itself is met more often than any number beside it.
+
+        Args:
+            below, above: the boundaries next to 0 that there can be; that above may be 0.
+        """
+        if not np.isin(0.0, self.jumps):
+            return boundaries
+        left, at, right = self.derivative(np.array([-TINY, 0.0, TINY]))
+        wrong, own = (below, above) if abs(at - left) < abs(at - right) else (above, below)
+        return boundaries if own in boundaries else np.where(boundaries == wrong, own, boundaries)
 
     def _cheapest(self, stops: Indices, integrals: Array) -> tuple[float, Indices]:
         """The cheapest boundaries, each among its row of nodes: the cost, and which of its row each is."""

@@ -152,6 +152,19 @@ def test_boundaries_lie_on_the_jumps_to_one_float32(bits):
     assert find_scale(best.boundaries) is not None
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 8])
+@pytest.mark.parametrize("below", [lambda x: x <= 0, lambda x: x < 0], ids=["as below", "as above"])
+@pytest.mark.parametrize("slope", [0.5, 0.1, 0.0, -1.0])
+def test_zero_has_the_level_of_the_side_whose_derivative_it_has(bits, below, slope):
+    def derivative(x):  # elu's has 0 with what lies below
+        return np.where(below(x), slope * np.exp(np.minimum(x, 0)), 1.0)
+
+    best = optimal_quantizer(derivative, bits, weight=flat, interval=(-10, 10), jumps=(0,))
+    levels = best.levels[np.searchsorted(best.boundaries, [-1e-6, 0.0, 1e-6], side="left")]
+    assert levels[0] != levels[2]
+    assert levels[1] == levels[0 if below(np.float64(0)) else 2]
+
+
 def test_a_jump_that_is_not_named_costs_more_than_one_that_is():
     named = optimal_quantizer(hardswish_slope, 4, weight=flat, interval=(-10, 10), jumps=(-3, 3))
     unnamed = optimal_quantizer(hardswish_slope, 4, weight=flat, interval=(-10, 10))
