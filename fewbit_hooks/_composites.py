@@ -91,6 +91,8 @@ class Facts:
 
 _lock = threading.RLock()
 _facts: weakref.WeakKeyDictionary[nn.Module, dict[Any, Facts]] = weakref.WeakKeyDictionary()
+STATES = 32
+"""Of so many states of an instance it is known at once what it computes."""
 
 
 def register_module(
@@ -325,7 +327,10 @@ def look_at(composite: Composite, module: nn.Module, x: Tensor) -> Facts:
         with ops.unseen():
             reason = _reason_to_leave(composite, module, x)
             facts = Facts(reason, Saves(0.0, True)) if reason else Facts("", _saves(composite, module, x))
-        _facts.setdefault(module, {})[_state(module, x)] = facts
+        known = _facts.setdefault(module, {})
+        if len(known) >= STATES:  # a number that changes from call to call
+            known.clear()
+        known[_state(module, x)] = facts
     return facts
 
 
