@@ -65,6 +65,7 @@ class Plan:
         self._is_not_a_number: tuple[bool, bool] | None = None
         self._serves_itself: dict[tuple[torch.dtype, torch.device], bool] = {}
         self._ready: set[tuple[torch.dtype, torch.device]] = set()
+        self._two_valued: set[torch.dtype] = set()
         self.thresholds = ops.Thresholds(codebook.boundaries, codebook.folded) if codebook else None
 
     def is_ready(self, dtype: torch.dtype, device: torch.device) -> bool:
@@ -214,7 +215,9 @@ class Plan:
     def is_two_valued(self, dtype: torch.dtype) -> bool:
         """Of an activation that is exact: whether its derivative has two values in this torch, too, and jumps where it
         was looked for."""
-        return self._two_valued_coder(dtype, torch.device("cpu")) is not None
+        if dtype not in self._two_valued and self._two_valued_coder(dtype, torch.device("cpu")) is not None:
+            self._two_valued.add(dtype)
+        return dtype in self._two_valued
 
     def _two_valued_coder(self, dtype: torch.dtype, device: torch.device) -> Coder | None:
         """Tells which saved values have another derivative than the first; None if there is a third, or no interval."""
@@ -228,10 +231,10 @@ class Plan:
         return self._coders[key]
 
     def _ask_for_two_values(self, dtype: torch.dtype, device: torch.device) -> Coder | None:
-        """See above.
+        """What the kernel itself says.
 
         Ties and limits are not alike in all kernels (in 16 bits each rounds hardtanh's 0.1 in its own way), nor in all
-        versions of torch (at the limits of clamp the derivative was 1, and is 0 from 2.14 on): ask the kernel.
+        versions of torch (at the limits of clamp the derivative was 1, and is 0 from 2.14 on).
         """
         if dtype in SIXTEEN_BIT:
             values = all_values(dtype)

@@ -244,14 +244,19 @@ def make_plan(
             raise Keep(f"{call.name} in place with a negative parameter, for which it has no backward")
         with ops.unseen():
             plan = Plan(activation, parameters, book, lambda t: function(t, *rest, **named), inplace)
-            if activation.exact and not plan.is_two_valued(x.dtype):
-                raise Keep(NOT_TWO_VALUED)
         if len(_plans) >= MAX_PLANS:  # parameters that change at every call, as in adaptive clipping
             _plans.clear()
         _plans[key] = plan
+    if activation.exact and not plan.is_two_valued(x.dtype):
+        raise Keep(NOT_TWO_VALUED)
     # (measured) in a step that has cooled the caches it takes 26 us to ask for a device and its hash
-    if (not x.is_cpu or ops.seen_by_modes()) and not plan.is_ready(x.dtype, x.device):
-        raise Keep(CAPTURING)
+    if not x.is_cpu or ops.seen_by_modes():
+        try:
+            ready = plan.is_ready(x.dtype, x.device)
+        except FewbitError as error:  # its kernels there are unlike those here
+            raise Keep(str(error)) from None
+        if not ready:
+            raise Keep(CAPTURING)
     return plan
 
 

@@ -223,6 +223,24 @@ def test_where_the_derivative_jumps_is_asked_of_this_torch(
         assert check("clamp", unlike, x, some_grads(x.shape, dtype)) == bits[dtype.itemsize > 2]
 
 
+def test_what_is_not_two_valued_in_one_dtype_alone_is_kept_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = _plan.Plan._ask_for_two_values
+    monkeypatch.setattr(_policy, "_plans", {})
+    monkeypatch.setattr(_plan.Plan, "_ask_for_two_values", lambda *a: None if a[1] is torch.float64 else ask(*a))
+    for dtype, bits in ((torch.float32, 1), (torch.float64, None), (torch.bfloat16, 1), (torch.float64, None)):
+        x = hard_inputs(dtype, nan=False)
+        assert check("leaky_relu", F.leaky_relu, x, some_grads(x.shape, dtype)) == bits
+
+
+def test_what_is_not_two_valued_on_one_device_alone_is_kept_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_policy, "_plans", {})
+    monkeypatch.setattr(_plan.Plan, "is_two_valued", lambda self, dtype: True)  # on the CPU
+    monkeypatch.setattr(_plan.Plan, "_ask_for_two_values", lambda *_: None)  # where the input is
+    monkeypatch.setattr(ops, "seen_by_modes", lambda: True)  # then tables are made first, as on CUDA
+    x = hard_inputs(torch.float32, nan=False)
+    assert check("leaky_relu", F.leaky_relu, x, some_grads(x.shape, x.dtype)) is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @each_call
 def test_the_second_value_is_had_in_an_interval_which_a_kernel_knows(
