@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 import fewbit_hooks as fewbit
 from csv_rows import rows_of as rows_of
-from fewbit_hooks import _again, _compiled, _stack
+from fewbit_hooks import _activations, _again, _calls, _compiled, _register, _stack
 from held import held_for_backward as held_for_backward
 
 if not torch.cuda.is_available():
@@ -36,6 +36,17 @@ def nothing_is_left_open() -> Iterator[None]:
     assert not _stack.entries()
     assert torch._C._len_torch_function_stack() == modes
     assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+
+
+@pytest.fixture
+def registered_for_one_test_only() -> Iterator[None]:
+    """What the test registers is forgotten."""
+    registries: list[Any] = [_activations._registry, _calls.RECOGNISED, _register._registered]
+    before = [r.copy() for r in registries]
+    yield
+    for registry, content in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(content)
 
 
 @pytest.fixture

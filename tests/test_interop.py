@@ -247,6 +247,7 @@ def test_what_is_found_out_of_an_activation_is_no_part_of_a_selective_checkpoint
     assert equal(result, run_plain(x, bits))
 
 
+@pytest.mark.usefixtures("registered_for_one_test_only")
 @pytest.mark.parametrize("settings", [{}, {"exact": True}, {"recompute": True}, {"engine": "fused"}])
 @pytest.mark.parametrize("act", ["a composite", "a registered function"])
 def test_nor_is_what_is_found_out_of_what_is_written_in_primitives(act: str, settings: Any) -> None:

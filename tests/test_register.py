@@ -6,7 +6,6 @@ import gc
 import math
 import warnings
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,19 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import fewbit_hooks as fewbit
-from fewbit_hooks import _activations, _calls, _register
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
-@pytest.fixture(autouse=True)
-def _registered_for_one_test_only() -> Iterator[None]:
-    registries: list[Any] = [_activations._registry, _calls.RECOGNISED, _register._registered]
-    before = [r.copy() for r in registries]
-    yield
-    for registry, content in zip(registries, before, strict=True):
-        registry.clear()
-        registry.update(content)
+pytestmark = pytest.mark.usefixtures("registered_for_one_test_only")
 
 
 def swish(x: Tensor, slope: float = 1.5) -> Tensor:
