@@ -20,9 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from . import ops
+from ._codebook import Parameter as Parameter
 from ._errors import FewbitTypeError, FewbitValueError
-
-Parameter = float | str | bool | None
 
 
 def _no_jumps(**parameters: Parameter) -> tuple[float, ...]:

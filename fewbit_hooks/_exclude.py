@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -58,13 +58,7 @@ class Exclusion:
         if key not in found:
             if len(found) >= CALLERS:
                 found.clear()
-            # a container that is never called itself, an nn.ModuleList say, is named by its contents' names
-            all_names: dict[int, list[str]] = {}
-            for name, module in _named(chain[-1]):
-                all_names.setdefault(id(module), []).append(name)
-            names = {parent for name in _names(chain, all_names) for parent in _parents(name)}
-            # a rule that is the name of a module itself means that module, whoever calls it
-            names |= {name for module in chain for name in all_names.get(id(module), []) if name in self.rules}
+            names = _names(chain, self.rules)
             self._models.add(chain[-1])
             found[key] = any(_matches(rule, chain, names) for rule in self.rules)
         return found[key]
@@ -85,18 +79,24 @@ class Exclusion:
         self.__init__(state["rules"])  # type: ignore[misc]
 
 
-def _names(chain: list[nn.Module], names: dict[int, list[str]]) -> Iterator[str]:
-    """The names of modules, each inside the next. Of several names of one module those count that lie inside the name
-    of a module around it.
+def _names(chain: list[nn.Module], rules: Collection[Any]) -> set[str]:
+    """The names of modules, each inside the next, as the last one gives them, and of what they lie in.
 
-    Args:
-        names: those that the last one gives each, by `id`.
+    Of several names of one module those count that lie inside the name of a module around it; and those that are rules
+    themselves: such a rule means that module, whoever calls it.
     """
+    names: dict[int, list[str]] = {}
+    for name, module in _named(chain[-1]):
+        names.setdefault(id(module), []).append(name)
+    found: set[str] = set()
     around = [""]
     for module in reversed(chain):
         mine = names.get(id(module), [])
         around = [n for n in mine if any(f"{n}.".startswith(f"{a}." if a else "") for a in around)] or mine or around
-        yield from around
+        # a container that is never called itself, an nn.ModuleList say, is named by its contents' names
+        found.update(parent for name in around for parent in _parents(name))
+        found.update(name for name in mine if name in rules)
+    return found
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -17,6 +17,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from . import ops
+
 Pack: TypeAlias = Callable[[Tensor], Any]
 Unpack: TypeAlias = Callable[[Any], Tensor]
 Hooks: TypeAlias = tuple[Pack, Unpack]
@@ -31,7 +33,7 @@ def innermost_hooks() -> Hooks | None:
 
 def hooked(pack: Pack, unpack: Unpack) -> AbstractContextManager[None]:
     """Our hooks, around a call."""
-    if torch._C._len_torch_dispatch_stack():
+    if ops.seen_by_modes():
         return _passed_over(pack, unpack)
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 

@@ -65,7 +65,7 @@ class Plan:
         self._is_not_a_number: tuple[bool, bool] | None = None
         self._serves_itself: dict[tuple[torch.dtype, torch.device], bool] = {}
         self._ready: set[tuple[torch.dtype, torch.device]] = set()
-        self._two_valued: set[torch.dtype] = set()
+        self._two_valued: set[torch.dtype] = set()  # asked at each call: a dtype's hash takes less than a device's
         self.thresholds = ops.Thresholds(codebook.boundaries, codebook.folded) if codebook else None
 
     def is_ready(self, dtype: torch.dtype, device: torch.device) -> bool:
@@ -128,7 +128,7 @@ class Plan:
         self._inverse_sought = True
         if self._inverse is None:
             return None
-        if (not x.is_cpu or ops.seen_by_modes()) and not self._inverse.is_ready(x.dtype, x.device):
+        if ops.must_be_ready(x) and not self._inverse.is_ready(x.dtype, x.device):
             return None
         return self._inverse
 

@@ -249,8 +249,7 @@ def make_plan(
         _plans[key] = plan
     if activation.exact and not plan.is_two_valued(x.dtype):
         raise Keep(NOT_TWO_VALUED)
-    # (measured) in a step that has cooled the caches it takes 26 us to ask for a device and its hash
-    if not x.is_cpu or ops.seen_by_modes():
+    if ops.must_be_ready(x):
         try:
             ready = plan.is_ready(x.dtype, x.device)
         except FewbitError as error:  # its kernels there are unlike those here

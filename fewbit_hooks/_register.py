@@ -142,7 +142,7 @@ def _parameters(function: Callable[..., Any], name: str) -> tuple[str, dict[str,
         return "input", {}
     if variadic := next((p for p in given if p.kind is p.VAR_POSITIONAL), None):
         raise FewbitTypeError(f"register: {name} takes any number of arguments, *{variadic.name}: give each a name")
-    without = [p.name for p in given if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    without = [p.name for p in given if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
     if without:
         raise FewbitTypeError(
             f"register: {name}'s parameter {without[0]!r} needs a default: it is part of the codebook's key"

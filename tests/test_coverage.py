@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import pytorch_cases
 
@@ -11,12 +12,15 @@ architectures = pytest.importorskip("architectures", reason="transformers is not
 # Where nothing is recognised a scope has nothing to compress, and says so; the models warn of what they will.
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
+OLD = torch.__version__.startswith("2.11.")
+"""Every twelfth case of modules is 134 there, and 226 in torch 2.13."""
+
 
 @pytest.mark.parametrize("suite", pytorch_cases.SUITES)
 def test_every_twelfth_of_pytorchs_own_cases(suite: str) -> None:
     for counts in pytorch_cases.count(pytorch_cases.SUITES[suite](12)).values():
         assert counts.wrong == []
-        assert counts.outcomes["equal"] > 100  # torch 2.11 has 134 cases of modules, 2.13 has 226
+        assert counts.outcomes["equal"] > (100 if OLD else 200)
 
 
 @pytest.mark.slow

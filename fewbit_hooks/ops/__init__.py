@@ -6,6 +6,7 @@ from ._coders import Lookup as Lookup
 from ._coders import Thresholds as Thresholds
 from ._coders import compare as compare
 from ._devices import capturing as capturing
+from ._devices import must_be_ready as must_be_ready
 from ._devices import put as put
 from ._devices import seen_by_modes as seen_by_modes
 from ._devices import unnoticed as unnoticed
