@@ -49,6 +49,7 @@ class Activation:
         jumps_of: `jumps_of(**parameters)`, where the derivative jumps.
         derivative_of: `derivative_of(x, **parameters)` of a float64 tensor, in the place of the node's own.
         weight, interval: what its codebooks are optimal for, as `codebook()` takes them.
+        one_node: it is the user's own, and is run as a node of ours: a level need not be a value of the derivative.
         calls: the recognised calls, as a user writes them.
     """
 
@@ -63,10 +64,11 @@ class Activation:
     derivative_of: Callable[..., Any] | None = None
     weight: Any = "uniform"
     interval: tuple[float, float] = (-10.0, 10.0)
+    one_node: bool = False
     calls: tuple[str, ...] = ()
 
     def check(self, parameters: Mapping[str, object]) -> dict[str, Parameter]:
-        """Fill in the defaults; numbers become floats.
+        """Fill in the defaults; numbers become floats, but integers where the default is one.
 
         Raises:
             FewbitValueError: a parameter that this activation does not have, or that is not finite.
@@ -89,6 +91,8 @@ class Activation:
             return bool(value)
         if isinstance(value, Tensor) or not isinstance(value, (int, float, np.number)):
             raise FewbitTypeError(f"{self.name}: {key} must be a number, got {type(value).__name__}")
+        if isinstance(self.parameters[key], int) and isinstance(value, (int, np.integer)):
+            return int(value)  # of a function that takes no float there
         try:
             number = float(value)
         except OverflowError:  # an int of more than 308 digits

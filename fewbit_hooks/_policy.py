@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from ._exclude import Exclusion, Rule
 from ._mask_calls import MASKS
 from ._plan import Plan
 from ._quantizer import check_bits
+from ._standins import never_taken
 
 Bits: TypeAlias = int | Mapping[str, int | None] | Callable[[str, Tensor], int | None] | None
 Exclude: TypeAlias = Rule | Iterable[Rule]
@@ -125,8 +127,14 @@ def _check_codebooks(codebooks: object) -> dict[str, tuple[Codebook, ...]]:
     for book in given:
         if not isinstance(book, Codebook):
             raise FewbitTypeError(f"codebooks takes Codebook objects, got {book!r}")
-        if _activations.find(book.name).exact:
+        activation = _activations.find(book.name)
+        if activation.exact:
             raise FewbitValueError(f"codebooks: {book.name} is exact at 1 bit and has no codebook")
+        if (level := _level_never_taken(activation, book)) is not None:
+            raise FewbitValueError(
+                f"codebooks: the derivative of {book.name} is nowhere {level:.6g}, which is a level of its codebook. "
+                "Levels must be values of the derivative, as its means are; fewbit_hooks.codebook() makes such."
+            )
     if isinstance(codebooks, Mapping):
         for name, book in codebooks.items():
             if name != book.name:
@@ -138,6 +146,14 @@ def _check_codebooks(codebooks: object) -> dict[str, tuple[Codebook, ...]]:
             raise FewbitValueError(f"codebooks: two are of {book.name} with the same parameters, {book.parameters}")
         books[book.name] = (*others, book)
     return books
+
+
+@functools.lru_cache(maxsize=64)
+def _level_never_taken(activation: _activations.Activation, book: Codebook) -> float | None:
+    """A level that cannot be stood in for; remembered, as a training loop may make its scope anew at each step."""
+    if activation.one_node:
+        return None
+    return never_taken(lambda x: activation.derivative(x, **book.parameters), book.levels, book.interval)
 
 
 def _of_parameters(books: Iterable[Codebook], parameters: Mapping[str, object]) -> Codebook | None:

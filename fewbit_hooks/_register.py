@@ -114,6 +114,7 @@ def register(
         derivative_of=derivative,
         weight=weight,
         interval=(float(interval[0]), float(interval[1])),
+        one_node=True,
         calls=(name,),
     )
     _check_pointwise(activation)

@@ -28,6 +28,10 @@ from torch import Tensor
 from ._activations import pristine
 
 Function = Callable[[Tensor], Tensor]
+Derivative = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
+NEAR = 1e-3
+"""Of the derivative's range. (measured) Of every level of `codebook()`, whatever its weight, it comes within 1e-15."""
 
 
 class Saves(NamedTuple):
@@ -137,7 +141,7 @@ def standins_16bit(function: Function, levels: NDArray[np.float64], dtype: torch
 
 def standins(
     function: Function,
-    derivative: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    derivative: Derivative,
     levels: NDArray[np.float64],
     interval: tuple[float, float],
     dtype: torch.dtype,
@@ -155,6 +159,28 @@ def standins(
     Returns:
         float64, one value a level, on the CPU.
     """
+    candidates = torch.from_numpy(_candidates(derivative, levels, interval)).to(dtype)
+    slopes = derivative_from(function, saved_by(function, candidates), candidates).double().numpy()
+    return candidates[[_middle_of_the_nearest(slopes, level, torch.finfo(dtype).eps) for level in levels]].double()
+
+
+def never_taken(derivative: Derivative, levels: NDArray[np.float64], interval: tuple[float, float]) -> float | None:
+    """The first level that f' takes nowhere, so that no stand-in has it; None: it takes them all.
+
+    Args:
+        derivative: f' in float64. It counts as taking a level from which it comes to be a thousandth of its range away.
+    """
+    slopes = derivative(_candidates(derivative, levels, interval))
+    slopes = slopes[np.isfinite(slopes)]
+    away = np.abs(slopes[None, :] - levels[:, None]).min(axis=1)
+    missed = np.flatnonzero(away > NEAR * np.ptp(slopes))
+    return float(levels[missed[0]]) if missed.size else None
+
+
+def _candidates(
+    derivative: Derivative, levels: NDArray[np.float64], interval: tuple[float, float]
+) -> NDArray[np.float64]:
+    """A grid, and between its points where f' passes a level; ascending."""
     low, high = interval
     margin = (high - low) / 2
     grid = np.linspace(low - margin, high + margin, 2**13 + 1)  # contains 0 for a symmetric interval
@@ -165,9 +191,7 @@ def standins(
         middle = (left + right) / 2
         inside = (derivative(middle) >= levels[which]) == rising
         left, right = np.where(inside, left, middle), np.where(inside, middle, right)
-    candidates = torch.from_numpy(np.sort(np.concatenate([left, right, grid]))).to(dtype)
-    slopes = derivative_from(function, saved_by(function, candidates), candidates).double().numpy()
-    return candidates[[_middle_of_the_nearest(slopes, level, torch.finfo(dtype).eps) for level in levels]].double()
+    return np.sort(np.concatenate([left, right, grid]))
 
 
 def _middle_of_the_nearest(slopes: NDArray[np.float64], level: float, tolerance: float = 0.0) -> int:

@@ -302,6 +302,35 @@ def test_codebooks_given_are_used_for_their_activation_and_parameters(x: Tensor)
     torch.testing.assert_close(grad, expected, rtol=0, atol=5e-6)
 
 
+def levelled(name: str, *levels: float, **parameters: float) -> fewbit.Codebook:
+    return fewbit.Codebook(name, 1, [0.0], levels, 0.0, False, parameters, "by hand", (-10.0, 10.0))
+
+
+@pytest.mark.parametrize(
+    ("book", "level"),
+    [
+        (levelled("gelu", -0.2, 1.0), "-0.2"),
+        (levelled("silu", 0.0, 1.5), "1.5"),
+        (levelled("elu", 0.5, 1.0, alpha=0.25), "0.5"),  # it jumps from 0.25 to 1
+    ],
+    ids=lambda given: getattr(given, "name", None),
+)
+def test_a_level_that_the_derivative_never_takes_is_refused(book: fewbit.Codebook, level: str) -> None:
+    for engine in ("hooks", "fused"):  # one of which would take the nearest that there is, and the other the level
+        with pytest.raises(fewbit.FewbitValueError, match=f"derivative of {book.name} is nowhere {level}, which is a"):
+            fewbit.scope(codebooks=[book], engine=engine)
+
+
+@pytest.mark.parametrize("name", [a.name for a in fewbit.activations() if not a.exact])
+def test_the_derivative_takes_the_levels_of_every_optimal_codebook(name: str) -> None:
+    given = {"elu": [{"alpha": 0.5}], "softplus": [{"beta": 5.0, "threshold": 1.0}, {"beta": 1000.0}]}.get(name, [])
+    for parameters in ({}, *given):
+        for weight in ("uniform", ("normal", 3.0, 0.1), ([1, 5, 2], [-4.0, -3.0, -2.9, 3.0])):
+            books = [fewbit.codebook(name, bits, weight=weight, **parameters) for bits in (1, 2, 5)]
+            for book in books:
+                fewbit.scope(codebooks=book)  # does not raise
+
+
 def test_parameters_that_change_at_every_call_do_not_cost_a_codebook_each(
     x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

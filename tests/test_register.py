@@ -182,6 +182,35 @@ def test_a_parameter_may_be_true_or_false() -> None:
         assert (grad / 2 - exact).abs().max() < 0.02
 
 
+def test_a_parameter_may_have_to_be_an_integer() -> None:
+    @fewbit.register
+    def power(x: Tensor, times: int = 2) -> Tensor:
+        for _ in range(times):
+            x = x * torch.sigmoid(x)
+        return x
+
+    x = torch.randn(64, requires_grad=True)
+    for times in (1, 3):
+        with fewbit.scope(bits=8, min_bytes=0):
+            y = power(x, times=times)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(grad, fewbit.codebook("power", 8, times=times).derivative(x.detach()))
+    assert fewbit.codebook("power", 8, times=np.int64(3)) == fewbit.codebook("power", 8, times=3)
+    assert fewbit.Codebook.from_json(fewbit.codebook("power", 8).to_json()) == fewbit.codebook("power", 8)
+
+
+def test_a_parameter_whose_default_is_an_integer_may_be_a_fraction() -> None:
+    @fewbit.register
+    def steep(x: Tensor, slope: float = 1) -> Tensor:
+        return x * torch.sigmoid(slope * x)
+
+    x = torch.randn(64, requires_grad=True)
+    with fewbit.scope(bits=8, min_bytes=0):
+        y = steep(x, slope=1.5)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(grad, fewbit.codebook("steep", 8, slope=1.5).derivative(x.detach()))
+
+
 def test_the_input_may_have_any_name_and_be_passed_by_it() -> None:
     function = fewbit.register(lambda input, slope=1.5: swish(input, slope), "named")
     x = inputs().requires_grad_()
