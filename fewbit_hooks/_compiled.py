@@ -33,6 +33,7 @@ elements, 3 bits: 0.93 and 1.10. 2**20 elements, 3 bits: 0.98 and 1.03; 4 bits: 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ from torch.autograd.function import once_differentiable
 from . import _policy
 from ._calls import Call
 from ._policy import Settings
-from .ops import Lookup, Thresholds
+from .ops import Thresholds
 
 COMPARED = 3
 """Bits up to which an input's code is found by comparisons in the kernel; with more it is looked up (NOTE [ Sixteen
@@ -209,13 +210,14 @@ class _Coded(torch.autograd.Function):
 def encode(x: Tensor, boundaries: tuple[float, ...], folded: bool) -> Tensor:
     """Code i where boundaries[i-1] < x <= boundaries[i]; int32, of the shape of `x`."""
     if len(boundaries) >= 1 << COMPARED:
-        key = boundaries, folded, str(x.dtype), str(x.device)
-        scale = _scale(*key)
-        if scale is not None:
+        found = _lookup(boundaries, folded, str(x.dtype), str(x.device))
+        if found is not None:
+            name, scale = found
             if x.dtype != torch.bfloat16:
                 x = (x * scale).half()
             value = x.reshape(-1).view(torch.int16).to(torch.int32) & 0xFFFF
-            return _table(*key)[value].to(torch.int32).view(x.shape)
+            table: Tensor = getattr(_tables, name)
+            return table[value].to(torch.int32).view(x.shape)
     v = x.abs() if folded else x
     if v.dtype != torch.float64:
         v = v.float()  # which holds every boundary exactly
@@ -228,26 +230,38 @@ def encode(x: Tensor, boundaries: tuple[float, ...], folded: bool) -> Tensor:
     return codes.to(torch.int32)
 
 
+class _Tables:
+    """What codes are looked up in: of each 16-bit value its code, uint8, in the order of their bits.
+
+    They are attributes, each of a name of its own: of two tensors that one function returns as a constant, Dynamo takes
+    but one into a graph; and of a module it does not see the buffers that it comes to have while it is read.
+    """
+
+
+_tables = _Tables()
+_numbers = itertools.count()
+
+
+def _lookup(*key: Any) -> tuple[str, float] | None:
+    """Runs in Python, as `_constants`: the name of the table, and what inputs are multiplied by to be looked up in it;
+    None where they are not."""
+    return _make_table(*key)
+
+
 @functools.cache
-def _lookup(boundaries: tuple[float, ...], folded: bool, dtype: str, device: str) -> tuple[Lookup, float] | None:
-    return Thresholds(boundaries, folded).lookup(getattr(torch, dtype.removeprefix("torch.")), torch.device(device))
+def _make_table(boundaries: tuple[float, ...], folded: bool, dtype: str, device: str) -> tuple[str, float] | None:
+    coder = Thresholds(boundaries, folded)
+    found = coder.lookup(getattr(torch, dtype.removeprefix("torch.")), torch.device(device))
+    if found is None:
+        return None
+    lookup, scale = found
+    torch._dynamo.mark_static_address(lookup.table)  # or with CUDA graphs it would be copied at every call
+    name = f"table_{next(_numbers)}"
+    setattr(_tables, name, lookup.table)
+    return name, scale
 
 
-def _scale(*key: Any) -> float | None:
-    """Runs in Python, as `_constants`: what inputs are multiplied by to be looked up; None where they are not."""
-    found = _lookup(*key)
-    return None if found is None else found[1]
-
-
-def _table(*key: Any) -> Tensor:
-    """The same: the code of each 16-bit value, in the order of their bits; uint8."""
-    found = _lookup(*key)
-    assert found is not None
-    return found[0].table
-
-
-_scale._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_table._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_lookup._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def pack_bits(codes: Tensor, bits: int) -> list[Tensor]:

@@ -262,6 +262,20 @@ def test_more_bits_are_looked_up_in_the_graph(dtype: torch.dtype, bits: int, bac
     torch.testing.assert_close(grad, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_graph_looks_codes_up_in_as_many_tables_as_it_has_codebooks(dynamic: bool) -> None:
+    def call(x: Tensor) -> Tensor:
+        return F.gelu(x) + F.silu(x * 1) + F.mish(x * 1) + F.silu(x.bfloat16()) + F.gelu(x * 1)
+
+    x = torch.randn(33, 7, requires_grad=True)
+    with fewbit.scope(bits=5, min_bytes=0):
+        y = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=dynamic)(x)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    slopes = [fewbit.codebook(name, 5).derivative(x.detach()) for name in ("gelu", "silu", "mish", "gelu")]
+    slopes.append(fewbit.codebook("silu", 5).derivative(x.detach().bfloat16()).float())
+    torch.testing.assert_close(grad, torch.stack(slopes).sum(0), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("bits", [3, 8])
 def test_a_number_is_coded(bits: int, backend: str) -> None:
