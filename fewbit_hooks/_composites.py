@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from . import _activations, _compiled, _policy, _recipes, _recompute, _stack, _treatment, ops
 from ._activations import Activation, Parameter, pristine
 from ._calls import Call
-from ._errors import FewbitTypeError, FewbitValueError
+from ._errors import FewbitRuntimeError, FewbitTypeError, FewbitValueError
 from ._modules import parameters_of
 from ._policy import Keep
 from ._replay import Autocast
@@ -298,10 +298,10 @@ class _Shell:
     """The forward of a module as it is now, with parameters to be given: `shell(x, *_own(module))`.
 
     It refers neither to the module nor to the parameters, so that it keeps no model alive, and what is set on the
-    module after the forward, another epsilon say, does not reach the backward.
+    module after the forward, another epsilon or buffer say, does not reach the backward.
     """
 
-    __slots__ = ("_class", "_content", "_forward", "_names")
+    __slots__ = ("_class", "_content", "_forward", "_names", "_versions")
 
     def __init__(self, composite: Composite, module: nn.Module) -> None:
         self._forward = composite.forward
@@ -309,8 +309,19 @@ class _Shell:
         self._content = dict(module.__dict__)
         self._names = [name for name, p in module._parameters.items() if p is not None]
         self._content["_parameters"] = dict.fromkeys(module._parameters)
+        self._content["_buffers"] = dict(module._buffers)
+        self._versions = {
+            name: b._version for name, b in module._buffers.items() if b is not None and not b.is_inference()
+        }
 
     def __call__(self, x: Tensor, *parameters: Tensor) -> Tensor:
+        for name, version in self._versions.items():
+            if self._content["_buffers"][name]._version != version:
+                raise FewbitRuntimeError(
+                    f"the buffer {name!r} of a {self._class.__name__}, whose forward is run again for its gradient, "
+                    "has been modified by an inplace operation. Set a new one, or run the module under "
+                    "`with fewbit_hooks.scope(bits=None):`."
+                )
         shell = object.__new__(self._class)
         shell.__dict__.update(self._content)
         shell.__dict__["_parameters"] = {
@@ -387,7 +398,7 @@ def _saves(composite: Composite, module: nn.Module, x: Tensor) -> Saves:
     found = saved(probe)
     if composite.call is not None or probe.dim() > 1:
         # what does not grow with the input, as Gemma's 1 + weight, is as large as that of the probe alone
-        found = found._replace(extra=max(0.0, 2 * saved(torch.cat([probe, probe])).extra - found.extra))
+        found = found._replace(extra=max(0.0, 2 * saved(probe.repeat(2, *[1] * (probe.dim() - 1))).extra - found.extra))
     return found
 
 

@@ -131,7 +131,9 @@ class ConsumerHook:
     def __call__(self, t: Tensor) -> Recomputed | Kept:
         _, recipe = self._recipes.get(t.untyped_storage()._cdata, (None, None))
         cast = None
-        if recipe is None:
+        if _recipes.is_turned(t):
+            recipe = None
+        elif recipe is None:
             recipe, cast = self._cast_of(t)
         elif t.dtype != recipe.dtype:
             recipe = None

@@ -305,13 +305,14 @@ class Plan:
         numbers = [p for p in self.parameters.values() if isinstance(p, float) and np.isfinite(p)]
         # an interval may be too narrow for the spread: add its ends, -lambd among them, and their mean
         ends = [*numbers, *(-p for p in numbers), float(np.mean(numbers or [0]))]
-        at = torch.cat([spread, torch.tensor(ends, dtype=torch.float64, device="cpu").to(spread.dtype)])
-        tiny = torch.finfo(at.dtype).smallest_normal
-        neighbours = [
-            torch.where(at == 0, sign * tiny, torch.nextafter(at, torch.full_like(at, sign * np.inf)))
-            for sign in (-1, 1)
-        ]
-        return torch.cat([at, *neighbours])
+        with torch.autocast("cpu", enabled=False):  # which refuses to put float16 together, where it is for bfloat16
+            at = torch.cat([spread, torch.tensor(ends, dtype=torch.float64, device="cpu").to(spread.dtype)])
+            tiny = torch.finfo(at.dtype).smallest_normal
+            neighbours = [
+                torch.where(at == 0, sign * tiny, torch.nextafter(at, torch.full_like(at, sign * np.inf)))
+                for sign in (-1, 1)
+            ]
+            return torch.cat([at, *neighbours])
 
     def _codes_of(self, values: NDArray[np.float64], dtype: torch.dtype) -> NDArray[Any]:
         return self.coder(dtype, torch.device("cpu"))(torch.from_numpy(values).to(dtype)).numpy().astype(np.int8)

@@ -66,6 +66,12 @@ class Geometry:
         return t if Geometry(t) == self else t.as_strided(self.size, self.stride, self.offset)
 
 
+def is_turned(t: Tensor) -> bool:
+    """Whether its elements are not what lies in memory, but that with the other sign, or conjugate: which is no part of
+    its `Geometry`."""
+    return t.is_neg() or t.is_conj()
+
+
 class Part(Protocol):
     """Something that a recipe is made of."""
 
@@ -331,8 +337,8 @@ def note(
 ) -> None:
     """`y` was computed from these; it must lie in a storage of its own."""
     key = y.untyped_storage()._cdata
-    if any(t.is_neg() for t in (y, *sources)):
-        return  # it lies in memory with the other sign, which is no part of its `Geometry`
+    if any(map(is_turned, (y, *sources))):
+        return
     if y.grad_fn is not None and all(t.untyped_storage()._cdata != key for t in sources):
         _known.origins[key] = Origin(y, run, sources, others, site)
         _known.purge()
@@ -341,7 +347,7 @@ def note(
 def anchor(t: Tensor, keeper: Any = None) -> None:
     """A node keeps `t`, by itself or in a `Kept` or `Leaf` that it was given."""
     key = t.untyped_storage()._cdata
-    if not t.is_neg() and key not in _known.exposed:
+    if not is_turned(t) and key not in _known.exposed:
         _known.anchors[key] = weakref.ref(keeper if keeper is not None else t)
         _known.purge()
 
@@ -353,7 +359,7 @@ def is_anchor(t: Tensor) -> bool:
 
 def find(t: Tensor) -> Origin | None:
     """How `t`, or what it is a view of, came to be; None where that is not known, or `t` was changed or detached."""
-    origin = _known.origins.get(t.untyped_storage()._cdata) if t.grad_fn is not None and not t.is_neg() else None
+    origin = _known.origins.get(t.untyped_storage()._cdata) if t.grad_fn is not None and not is_turned(t) else None
     return origin if origin is not None and t._version == origin.version else None
 
 

@@ -94,7 +94,7 @@ def admits(
     if (
         x is None
         or not torch.is_grad_enabled()
-        or not all(type(t) in (Tensor, nn.Parameter) for t in tensors)
+        or not all(type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided for t in tensors)
         or not any(t.requires_grad for t in tensors)
         or _policy.traced()  # before the size is asked for: that would be traced, too
         or x.numel() * x.element_size() < max(min_bytes, 1)
@@ -142,8 +142,9 @@ class Norm:
 
 
 def look_at_norm(call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Norm | None:
-    """layer_norm(input, normalized_shape, weight, bias, eps) and its like; None where the input is not the first."""
-    if not args or not isinstance(args[0], Tensor):
+    """layer_norm(input, normalized_shape, weight, bias, eps) and its like; None where the input is not the first, or
+    requires no gradient: it may not be kept, then."""
+    if not args or not isinstance(args[0], Tensor) or not args[0].requires_grad:
         return None
     x, given = args[0], (*args, *kwargs.values())
     where = [i for i, value in enumerate(given) if isinstance(value, Tensor)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fewbit_hooks as fewbit
-from fewbit_hooks import _plan
+from fewbit_hooks import _plan, _policy
 
 from .conftest import quiet
 
@@ -218,3 +219,27 @@ def test_autocast_that_changes_within_a_model_codes_each_part_in_its_dtype(
         assert mine.dtype == exact.dtype
         assert (mine - exact).norm() < 0.02 * exact.norm()
     assert {row.activation: row.bits for row in opened.report().rows} == {"gelu": 8, "silu": 8}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("call", [torch.relu, F.relu6, F.leaky_relu, F.hardshrink, F.softshrink, F.hardsigmoid])
+def test_tables_are_made_under_an_autocast_of_the_other_kind(
+    call: Callable[[Tensor], Tensor], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_policy, "_plans", {})  # as in a fresh process
+    x = torch.linspace(-8, 8, 64, dtype=dtype, requires_grad=True)
+    with quiet(exact=True), torch.autocast("cpu", torch.bfloat16 if dtype == torch.float16 else torch.float16):
+        y = call(x * 1)
+    assert torch.equal(*(torch.autograd.grad(result.sum(), x)[0] for result in (y, call(x * 1))))
+
+
+def test_a_composite_is_looked_at_under_an_autocast_of_the_other_kind() -> None:
+    modules = pytest.importorskip("transformers.activations", reason="transformers is not installed")
+    module = modules.NewGELUActivation()
+    x = torch.linspace(-8, 8, 64, dtype=torch.float16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = module(x * 1)
+        with quiet(bits=3) as memory:
+            y = module(x * 1)
+    assert torch.equal(y, stock)
+    assert {(row.activation, row.bits) for row in memory.report().rows} == {("gelu", 3)}

@@ -1229,3 +1229,88 @@ def test_a_norm_that_fails_says_what_it_says_without_a_scope(call: Callable[[Ten
         call(x * 1)
     with exact(), pytest.raises(RuntimeError, match=re.escape(str(stock.value))):
         call(x * 1)
+
+
+@pytest.mark.parametrize("kind", ["consumer", "source", "negative"])
+def test_views_that_are_conjugate_or_negative_are_not_taken_for_what_lies_in_memory(kind: str) -> None:
+    def run() -> list[Tensor]:
+        torch.manual_seed(0)
+        real = [torch.randn(8, 8, requires_grad=True) for _ in range(3)]
+        number = torch.randn(8, 8, dtype=torch.complex64, requires_grad=True)
+        f, g, h, c = (t * 1 for t in (*real, number))
+        if kind == "consumer":  # saves a view of what has a recipe
+            y = f * c
+            out = g * y.conj()
+        elif kind == "source":  # the storage of which is kept without the conjugation
+            y = f * c.conj()
+            out = g * y + h * c
+        else:
+            y = F.silu(f)
+            out = torch._neg_view(y) * y + 0 * (g + h + c.real)
+        del y
+        loss = out.real.square().sum() + (out.imag.sum() if out.is_complex() else 0)
+        return list(torch.autograd.grad(loss, [*real, number], allow_unused=True))
+
+    stock = run()
+    with exact():
+        mine = run()
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(mine, stock, strict=True))
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr], ids=str)
+@pytest.mark.parametrize("call", [torch.mul, torch.mm, torch.matmul])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_a_factor_may_be_sparse(call: Callable[..., Tensor], layout: torch.layout, x: Tensor) -> None:
+    x.requires_grad_()
+    other = torch.eye(64).to_sparse(layout=layout)
+    stock = call(x * 1, other)
+    with exact():
+        y = call(x * 1, other)
+    assert torch.equal(y.to_dense(), stock.to_dense())
+    if call is not torch.mul:  # whose result is sparse
+        assert torch.equal(*(torch.autograd.grad(result.sum(), x)[0] for result in (y, stock)))
+
+
+def test_a_norm_of_what_requires_no_gradient_is_left_alone(x: Tensor) -> None:
+    norm = nn.RMSNorm(64)
+    with torch.inference_mode():
+        frozen = torch.randn(64, 64)
+    with exact() as memory:
+        norm(frozen)  # has no version that could be asked for
+        y = norm(x)
+    assert not memory.report().original_bytes
+    stock = norm(x)
+    x.zero_()  # it is not kept: the next batch may come into the same memory
+    (mine,) = torch.autograd.grad(y.sum(), norm.weight)
+    assert torch.equal(mine, torch.autograd.grad(stock.sum(), norm.weight)[0])
+
+
+class Gained(nn.Module):
+    """A norm with a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(64) + 0.5)
+        self.register_buffer("gain", torch.rand(64) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)) * self.gain
+
+
+def test_a_buffer_that_is_set_or_changed_after_the_forward_is_not_used_in_its_place(x: Tensor) -> None:
+    fewbit.register_module(Gained)
+    model = nn.Sequential(nn.Linear(64, 64), Gained(), nn.Linear(64, 64))
+    stock = torch.autograd.grad(model(x).square().mean(), list(model.parameters()))
+
+    def run(change: Callable[[nn.Module], Any]) -> list[Tensor]:
+        with exact() as memory:
+            loss = model(x).square().mean()
+        assert "Gained" in {row.activation for row in memory.report().rows}
+        change(model[1])
+        return list(torch.autograd.grad(loss, list(model.parameters())))
+
+    gain = model[1].gain
+    assert all(map(torch.equal, run(lambda norm: setattr(norm, "gain", norm.gain * 2)), stock))
+    model[1].gain = gain
+    with pytest.raises(fewbit.FewbitError, match="the buffer 'gain' of a Gained, whose forward is run again"):
+        run(lambda norm: norm.gain.mul_(2))
