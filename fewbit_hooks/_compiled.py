@@ -39,6 +39,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from . import _policy
@@ -123,32 +124,49 @@ def run(
     func: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    composite: bool = False,
+    composite: bool | None = None,
 ) -> Any:
     """Make a recognised call while it is traced. Dynamo reads this function, too: it must be plain.
 
     Args:
-        composite: it is written in primitives, of which none is coded where the whole is not.
+        composite: it is written in primitives, of which none is coded where the whole is not: which is not where this
+            is False.
     """
-    if coding is None or call.activation is None or call.one_node is not None or not torch.is_grad_enabled():
+    if coding is None or call.activation is None or call.activation.exact or not torch.is_grad_enabled():
         return func(*args, **kwargs)
     if is_exporting():  # what is exported is the model, without the scope that it happens to be in
         return func(*args, **kwargs)
-    x = args[0] if args else kwargs.get("input", kwargs.get("self"))
-    if type(x) is not Tensor or not x.requires_grad or x.numel() * x.element_size() < coding.min_bytes:
-        return func(*args, **kwargs)
-    rest = {key: value for key, value in kwargs.items() if key not in ("input", "self")}
-    for value in (*args[1:], *rest.values()):
-        if isinstance(value, Tensor):
-            return func(*args, **kwargs)
-    fixed = (*rest.items(), *call.fixed)
-    constants = _constants(call.name, call.names, call.inplace, coding, args[1:], fixed, str(x.dtype))
-    if constants is None and composite:
-        with torch._C.DisableTorchFunction():
+    in_primitives = composite is not None or call.one_node is not None
+    constants = None if composite is False or call.one_node is not None else _asked(coding, call, args, kwargs)
+    if constants is None and in_primitives:
+        with torch._C.DisableTorchFunction():  # a sigmoid in it is not the user's, to be coded by itself
             return func(*args, **kwargs)
     if constants is None:
         return func(*args, **kwargs)
+    x = args[0] if args else kwargs.get("input", kwargs.get("self"))
+    rest = {key: value for key, value in kwargs.items() if key not in ("input", "self")}
     return _Coded.apply(x, func, args[1:], rest, constants)  # type: ignore[no-untyped-call]
+
+
+def _asked(coding: Coding, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Constants | None:
+    """How the call is coded; None keeps it. Dynamo reads it."""
+    x = args[0] if args else kwargs.get("input", kwargs.get("self"))
+    if type(x) is not Tensor or not x.requires_grad or x.numel() * x.element_size() < coding.min_bytes:
+        return None
+    rest = {key: value for key, value in kwargs.items() if key not in ("input", "self")}
+    for value in (*args[1:], *rest.values()):
+        if isinstance(value, Tensor):
+            return None
+    given = tuple([_constant(value) for value in args[1:]])
+    named = tuple([(key, _constant(value)) for key, value in rest.items()])
+    return _constants(call.name, call.names, call.inplace, coding, given, (*named, *call.fixed), str(x.dtype))
+
+
+def _constant(value: Any) -> Any:
+    """A number that Dynamo may have taken for one that changes; as a part of the codebook's key it is guarded."""
+    if isinstance(value, (int, float)):
+        return torch.fx.experimental.symbolic_shapes.guard_scalar(value)
+    return value
 
 
 def _constants(
@@ -169,8 +187,10 @@ def _constants(
     traced = True
     activation = find(name)
     bits = dict(coding.named).get(name, coding.bits)
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return None  # what it differentiates may be a derivative
+    if getattr(torch._dynamo.config, "trace_autograd_ops", False):
+        return None  # the same of a `torch.autograd.grad` in the graph, where nothing would say so
     given = {**dict(zip(names, rest, strict=False)), **dict(named)}
     if activation.exact or bits is None or inplace or given.pop("inplace", False):
         return None

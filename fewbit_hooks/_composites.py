@@ -179,20 +179,32 @@ def _run_or_leave(composite: Composite) -> types.FunctionType:
     thread, acting, coding = _stack.this_thread, _stack.acting, _stack.coding_here
     is_compiling, is_grad_enabled, partial = torch.compiler.is_compiling, torch.is_grad_enabled, functools.partial
     call = replace(composite.call, fixed=tuple(composite.parameters.items())) if composite.call is not None else None
+    tensor, serves = Tensor, _serves
 
     def run_or_leave(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if thread.acting is None:  # outside of any scope this is all that it costs
             return forward(self, *args, **kwargs)
         if is_compiling():
-            if call is None or kwargs:
+            found, given = coding(), (*args, *kwargs.values())
+            if call is None or found is None or len(given) != 1 or not isinstance(given[0], tensor):
                 return forward(self, *args, **kwargs)
-            return run_compiled(coding(), call, partial(forward, self), args, kwargs, True)
+            whole = serves(composite, self, str(given[0].dtype), str(given[0].device))
+            return run_compiled(found, call, partial(forward, self), given, {}, whole)
         entry = acting()
         if entry is None or not is_grad_enabled():
             return forward(self, *args, **kwargs)
         return plainly(partial(run, entry, composite, self, args, kwargs))
 
     return cast(types.FunctionType, run_or_leave)
+
+
+def _serves(composite: Composite, module: nn.Module, dtype: str, device: str) -> bool:
+    """Runs in Python, when a graph is traced: whether an instance computes what its class says."""
+    like = torch.zeros(8, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device, requires_grad=True)
+    return not look_at(composite, module, like).reason
+
+
+_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def in_place_of(forward: Any, function: types.FunctionType) -> types.FunctionType:

@@ -152,7 +152,10 @@ class Step:
     def _treat(self, operation: Operation, saved: list[Saved], x: Ref, y: Ref) -> None:
         site = operation.site
         recompute = self._settings.recompute and not (operation.exact and not operation.parts)
-        verdict = site.treatment(recompute, self._number) if site is not None else Verdict.UNKNOWN
+        verdict = Verdict.UNKNOWN
+        if site is not None:
+            site.visit(self._number)
+            verdict = site.treatment(recompute)
         if verdict in (Verdict.LEAVE, Verdict.INPUT):
             reason = SHARED if verdict is Verdict.LEAVE else f"kept: {SOURCE}"
             if operation.one_node:

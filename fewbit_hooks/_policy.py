@@ -92,12 +92,10 @@ def check_settings(
         FewbitError: what is missing for it.
     """
     if isinstance(bits, Mapping):
-        for name, value in bits.items():
+        for name in bits:
             if name != "default" and name not in MASKS:
                 _activations.find(name, also=MASKS)
-            if value is not None:
-                check_bits(value, f"bits[{name!r}]")
-        bits = dict(bits)
+        bits = {k: value if value is None else check_bits(value, f"bits[{k!r}]") for k, value in bits.items()}
     elif bits is not None and (not callable(bits) or isinstance(bits, nn.Module)):
         bits = check_bits(bits)
     if isinstance(min_bytes, bool) or not isinstance(min_bytes, (int, np.integer)):

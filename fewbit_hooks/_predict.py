@@ -68,8 +68,7 @@ def predict(
     own = leaves.union(own)
     sites = {o.site for o in operations for o in (o, *o.parts) if o.site is not None}
     for site in sites:
-        site.forget()
-        site.output_changes = False
+        site.begin_anew()
     # a module that the step makes, Mamba's activation say, is another one in the next step
     passing = [site for site in sites if site.module() is None]
     played = {o for operation in operations for o in (operation, *operation.parts)}

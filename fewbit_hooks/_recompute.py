@@ -142,10 +142,11 @@ class Norm:
 
 
 def look_at_norm(call: RecomputeCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Norm | None:
-    """layer_norm(input, normalized_shape, weight, bias, eps) and its like; None where the input is not the first, or
-    requires no gradient: it may not be kept, then."""
-    if not args or not isinstance(args[0], Tensor) or not args[0].requires_grad:
+    """layer_norm(input, normalized_shape, weight, bias, eps) and its like; None where the input is not the first."""
+    if not args or not isinstance(args[0], Tensor):
         return None
+    if call.name == "rms_norm" and not args[0].requires_grad:
+        return None  # it is not kept, as the others' is, but what was made of it for the gradient of the weight
     x, given = args[0], (*args, *kwargs.values())
     where = [i for i, value in enumerate(given) if isinstance(value, Tensor)]
     names, positional = tuple(kwargs), len(args)

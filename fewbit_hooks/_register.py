@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from . import _activations
+from . import _activations, _compiled, _stack
 from ._activations import Activation, pristine
 from ._calls import Call, register_call
 from ._catalog import WeightLike
@@ -119,15 +119,18 @@ def register(
     )
     _check_pointwise(activation)
 
+    call = Call(name, activation, tuple(parameters), one_node=function)
+
     @functools.wraps(function)
     def registered(*args: Any, **kwargs: Any) -> Any:
         if not args and first in kwargs:
             args = (kwargs.pop(first),)
+        if torch.compiler.is_compiling():  # Dynamo asks no mode of a function that it reads
+            return _compiled.run(_stack.coding_here(), call, function, args, kwargs)
         if args and has_torch_function_unary(args[0]):
             return handle_torch_function(registered, args[:1], *args, **kwargs)
         return function(*args, **kwargs)
 
-    call = Call(name, activation, tuple(parameters), one_node=function)
     register_call(registered, call)
     register_call(function, call)  # for one that torch dispatches by itself, such as torch.ops.my_library.f
     _activations.add(activation)

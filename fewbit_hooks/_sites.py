@@ -12,7 +12,9 @@ came (one ReLU module may serve at three places).
 3. Two steps in a row that agree decide. *Input kept*: coding frees nothing, the call is left alone. *Output kept*: f'
    is had from the output, and the input goes (NOTE [ Beside a kept output ]), unless the output was seen to be changed
    in place. *A copy of the output kept*: the same, from the copy (NOTE [ Beside a copy ]). *Neither*: codes.
-4. Every `LOOK_AGAIN` steps, and when a module's mode or a parameter's `requires_grad` changes, a site is unknown again.
+4. All this is known of a place in one *state*: the module's mode, and which of the model's parameters require a
+   gradient (a frozen layer keeps no input). Steps that alternate between states, a GAN's say, each have sites of their
+   own. Every `LOOK_AGAIN` steps a site is unknown again.
 
 Only sites inside a module are learned: a bare call with a variable that still holds its input says nothing about the
 next one.
@@ -22,11 +24,12 @@ from __future__ import annotations
 
 import enum
 import functools
+import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Protocol
@@ -45,6 +48,8 @@ if TYPE_CHECKING:
 LOOK_AGAIN = 64
 """Steps after which a site is looked at again: a change that nothing announces costs memory for that long at most."""
 AGREE = 2
+STATES = 8
+"""In so many states, the latest, a place is known."""
 
 # frames of torch, and ours, are not the user's code
 _NOT_THE_USERS = str(Path(torch.__file__).parent), str(Path(__file__).parent)
@@ -66,12 +71,11 @@ FROM_OUTPUT = Verdict.OUTPUT, Verdict.COPY
 
 
 class Site:
-    """What is known of one place.
+    """What is known of one place in one state.
 
     Attributes:
         module: whose forward makes the call.
         model: the outermost module around it, as seen when a model's first site was last found in a step.
-        trainable: which of the model's parameters require a gradient.
         verdict: what is to be done there.
         output_changes: its output, or the copy, was seen to be changed in place, so that it is never relied upon.
         output_stays: its output was seen to be kept although all that is known to keep it can compute it again.
@@ -82,29 +86,39 @@ class Site:
 
     __slots__ = (
         "_agreed",
+        "_alone",
         "_asked",
-        "_code",
+        "_before",
         "_found",
+        "_now",
         "_served",
         "_step",
-        "_training",
         "_tried",
         "model",
         "module",
         "output_changes",
         "output_stays",
-        "trainable",
         "verdict",
     )
 
-    def __init__(self, module: nn.Module, code: CodeType | None) -> None:
-        self.module: ModuleRef = weakref.ref(module)
-        self.model: ModuleRef = weakref.ref(model_of(module))
-        self._code = code  # kept, so that its address, part of the key, is not used again
-        self._training = module.training
+    def __init__(self, module: ModuleRef, model: ModuleRef) -> None:
+        self.module = module
+        self.model = model
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """As if no call had come from here."""
         self.output_changes = False
-        self.trainable: weakref.ref[Trainable] | None = None  # it holds the model's parameters
+        self._alone = 0
+        self._before = self._now = -1  # the last two steps in which one did
         self.forget()
+
+    def visit(self, step: int) -> None:
+        """A call comes from here; what was seen long ago is forgotten."""
+        if step != self._now:
+            self._before, self._now = self._now, step
+        if self._agreed > 0 and step - self._step > LOOK_AGAIN:
+            self.forget()
 
     def forget(self) -> None:
         """Unknown again."""
@@ -118,12 +132,11 @@ class Site:
         self.output_changes = True
         self.forget()
 
-    def is_stale(self, module: nn.Module, step: int) -> bool:
-        """Whether what is known was seen in another mode of the module, or long ago."""
-        if self._training != module.training:
-            self._training = module.training
-            return True
-        return self._agreed > 0 and step - self._step > LOOK_AGAIN
+    def found_alone(self) -> None:
+        """In a step, nobody else kept the output that was relied on; if it happens again, never rely upon it."""
+        self._alone += 1
+        self.output_changes |= self._alone >= AGREE
+        self.forget()
 
     def asked_for(self, step: int, *, given: bool) -> None:
         """Somebody would compute again what was made of the output; he was, or was not, given the input."""
@@ -132,11 +145,11 @@ class Site:
         else:
             self._asked = step
 
-    def serves(self, step: int) -> bool:
-        """Whether the input is to be kept for those who asked."""
-        if self._served >= step - 1:
+    def serves(self) -> bool:
+        """Whether the input is to be kept for those who asked in the step before."""
+        if self._served >= self._before:
             return True
-        if self._tried or self._asked < step - 1:
+        if self._tried or self._asked < self._before:
             return False
         self._tried = True
         return True
@@ -175,11 +188,11 @@ class Site:
         else:
             self.learn(Verdict.OUTPUT if output_kept else Verdict.COPY, step)
 
-    def treatment(self, recompute: bool, step: int) -> Verdict:
+    def treatment(self, recompute: bool) -> Verdict:
         """The verdict; INPUT where those that keep the output, or something made of it, can compute it again."""
         if recompute and self.verdict is Verdict.OUTPUT and not self.output_stays:
             return Verdict.INPUT
-        if recompute and self.verdict is Verdict.CODES and self.serves(step):
+        if recompute and self.verdict is Verdict.CODES and self.serves():
             return Verdict.INPUT
         return self.verdict
 
@@ -313,7 +326,7 @@ class Watch:
         if changed:
             self.site.distrust_output()
         elif alone and not late:  # those who kept the output in the steps before do not in this one
-            self.site.forget()
+            self.site.found_alone()
         if alone and not late and self.row is not None:
             self.row.stored_bytes += alone
         input_kept = not any(map(StorageWeakRef.expired, self.saved))
@@ -342,25 +355,60 @@ class Trainable:
     Attributes:
         listed: the step in which they were listed; some may be added or replaced later.
         looked: the step in which their flags were last read.
+        state: a number that stands for these flags.
     """
 
     parameters: list[nn.Parameter]
     listed: int
     looked: int = -1
-    flags: list[bool] | None = None
+    state: int = -1
+    _states: dict[tuple[bool, ...], int] = field(default_factory=dict)
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
 
-    def changed(self, step: int) -> bool:
-        """Read the flags; whether they are others than before."""
-        before, self.flags = self.flags, [p.requires_grad for p in self.parameters]
-        self.looked = step
-        return before is not None and before != self.flags
+    def look(self, step: int) -> None:
+        """Read the flags."""
+        flags = tuple([p.requires_grad for p in self.parameters])
+        self.looked, self.state = step, self._states.pop(flags, -1)
+        if self.state < 0:
+            self.state = next(self._numbers)
+        self._states[flags] = self.state  # the latest last
+        if len(self._states) > STATES:
+            del self._states[next(iter(self._states))]
+
+
+class _Place:
+    """The sites of a place, one for each state that it was in.
+
+    Attributes:
+        trainable: which of the model's parameters require a gradient; weak, for it holds them.
+    """
+
+    __slots__ = ("_code", "_sites", "model", "module", "trainable")
+
+    def __init__(self, module: nn.Module, code: CodeType | None) -> None:
+        self.module: ModuleRef = weakref.ref(module)
+        self.model: ModuleRef = weakref.ref(model_of(module))
+        self.trainable: weakref.ref[Trainable] | None = None
+        self._code = code  # kept, so that its address, part of the key, is not used again
+        self._sites: dict[tuple[bool, int], Site] = {}
+
+    def site(self, training: bool, flags: int) -> Site:
+        """That of a state."""
+        state = training, flags
+        site = self._sites.get(state)
+        if site is None:
+            if len(self._sites) >= 2 * STATES:
+                del self._sites[next(iter(self._sites))]
+            site = self._sites[state] = Site(self.module, self.model)
+        site.model = self.model
+        return site
 
 
 class Sites:
     """The sites of one scope."""
 
     def __init__(self) -> None:
-        self._sites: dict[tuple[int, int, int, str], Site] = {}
+        self._places: dict[tuple[int, int, int, str], _Place] = {}
         self._purge_at = 1024
         self._models: weakref.WeakKeyDictionary[nn.Module, Trainable] = weakref.WeakKeyDictionary()
 
@@ -385,36 +433,36 @@ class Sites:
             return None
         where, instruction = place
         key = id(module), id(where), instruction, activation
-        site = self._sites.get(key)
-        if site is None or site.module() is not module:
-            site = self._sites[key] = Site(module, where)
+        found = self._places.get(key)
+        if found is None or found.module() is not module:
+            found = self._places[key] = _Place(module, where)
             self._purge()
-        elif site.is_stale(module, step):
-            site.forget()
-        trainable = site.trainable() if site.trainable is not None else None
+        trainable = found.trainable() if found.trainable is not None else None
         if trainable is None or trainable.looked != step:
-            self._look_at(site, module, step)
+            trainable = self._look_at(found, module, step)
+        site = found.site(module.training, trainable.state)
+        site.visit(step)
         return site
 
-    def _look_at(self, site: Site, module: nn.Module, step: int) -> None:
-        """See which model the site belongs to; forget the sites of that if a parameter's `requires_grad` has changed: a
-        frozen layer keeps no input."""
+    def _look_at(self, place: _Place, module: nn.Module, step: int) -> Trainable:
+        """See which model the place belongs to, and what of that is trained."""
         model = model_of(module)
-        site.model = weakref.ref(model)
+        place.model = weakref.ref(model)
         trainable = self._models.get(model)
-        if trainable is None or step - trainable.listed > LOOK_AGAIN:
+        if trainable is None:
             trainable = self._models[model] = Trainable(parameters_of(model), step)
-        site.trainable = weakref.ref(trainable)
-        if trainable.looked != step and trainable.changed(step):
-            for mine in list(self._sites.values()):  # other threads may add to them
-                if mine.model() is model:
-                    mine.forget()
+        elif step - trainable.listed > LOOK_AGAIN:
+            trainable.parameters, trainable.listed = parameters_of(model), step
+        place.trainable = weakref.ref(trainable)
+        if trainable.looked != step:
+            trainable.look(step)
+        return trainable
 
     def _purge(self) -> None:
         """Drop the sites of modules that are gone."""
-        if len(self._sites) >= self._purge_at:
-            self._sites = {key: site for key, site in list(self._sites.items()) if site.module() is not None}
-            self._purge_at = max(1024, 2 * len(self._sites))
+        if len(self._places) >= self._purge_at:
+            self._places = {key: place for key, place in list(self._places.items()) if place.module() is not None}
+            self._purge_at = max(1024, 2 * len(self._places))
 
 
 def look(watches: list[Watch], running: Collection[nn.Module], step: int, *, late: bool = False) -> list[Watch]:

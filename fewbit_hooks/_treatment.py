@@ -196,7 +196,7 @@ def _site(entry: Entry, name: str, recomputes: bool) -> tuple[Site | None, Verdi
     site = scope._sites.find(name, step)
     if site is None:
         return None, Verdict.UNKNOWN
-    return site, site.treatment(recomputes, step)
+    return site, site.treatment(recomputes)
 
 
 def _watch_input(ledger: Ledger, site: Site | None, verdict: Verdict, y: Any) -> None:

@@ -6,16 +6,21 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.autograd import forward_ad
 
 import fewbit_hooks as fewbit
 from fewbit_hooks import _compiled, ops
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Dynamo's and inductor's own
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # Dynamo's and inductor's own
+    pytest.mark.usefixtures("registered_for_one_test_only"),
+]
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -375,3 +380,117 @@ def test_what_dynamo_leaves_to_python_is_coded_and_counted_as_ever(
     for _ in range(2):
         assert reasons(torch.compile(net, backend="aot_eager")) == eager
     assert not [w for w in recwarn if "fewbit" in str(w.message) or "eval_frame" in str(w.message)]
+
+
+def tanh_gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(0.7978845608 * (x + 0.044715 * x**3)))
+
+
+class Scaled(nn.Module):
+    """A gelu times something, which one may have registered as if it were a gelu."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        if by == "parameter":
+            self.by = nn.Parameter(torch.full((), 2.0))
+        else:  # a tensor that is no parameter, or a number
+            self.__dict__["by"] = torch.full((), 2.0, requires_grad=True) if by == "tensor" else 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.by * tanh_gelu(x)
+
+
+@pytest.mark.parametrize("by", ["parameter", "tensor", "number"])
+def test_an_instance_that_computes_something_else_is_left_to_the_compiler(by: str) -> None:
+    fewbit.register_module(Scaled, "gelu", approximate="tanh")
+    module, x = Scaled(by), torch.randn(32, 64, requires_grad=True)
+    leaves = [x, module.by] if isinstance(module.by, Tensor) else [x]
+    stock = torch.autograd.grad(module(x).sum(), leaves)
+    with scope():
+        y = torch.compile(module, backend="aot_eager", fullgraph=True)(x)
+    for mine, exact in zip(torch.autograd.grad(y.sum(), leaves), stock, strict=True):
+        torch.testing.assert_close(mine, exact)
+
+
+def test_of_a_registered_function_no_primitive_is_coded() -> None:
+    @fewbit.register
+    def my_swish(x: Tensor, slope: float = 1.5) -> Tensor:
+        return x * torch.sigmoid(slope * x)
+
+    x = torch.randn(32, 64, requires_grad=True)
+    (stock,) = torch.autograd.grad(my_swish(x).sum(), x)
+    with scope():
+        y = torch.compile(lambda x: my_swish(x=x), backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], stock)
+
+
+def test_a_composite_that_is_called_by_keyword_is_coded_as_a_whole() -> None:
+    module = pytest.importorskip("transformers.activations", reason="transformers is not installed").NewGELUActivation()
+    x = torch.randn(32, 64, requires_grad=True)
+    for bits in (3, {"gelu": None, "default": 3}):
+        with fewbit.scope(bits=bits, min_bytes=0):
+            y = torch.compile(lambda x: module(input=x), backend="aot_eager", fullgraph=True)(x)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        (stock,) = torch.autograd.grad(module(x).sum(), x)
+        expected = fewbit.codebook("gelu", 3, approximate="tanh").derivative(x.detach()) if bits == 3 else stock
+        torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    ("call", "name", "parameter"),
+    [
+        (F.celu, "celu", "alpha"),
+        (lambda x, number: F.softplus(x, threshold=number), "softplus", "threshold"),
+        (lambda x, number: torch.clamp(x, -number, number), None, ""),
+        (lambda x, number: torch.clamp(x, max=x.shape[0] / 64), None, ""),
+    ],
+)
+def test_a_parameter_may_be_a_number_that_changes(
+    call: Callable[..., Tensor], name: str | None, parameter: str, dynamic: bool | None
+) -> None:
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for number in (1.0, 2, 2.5):
+        x = torch.randn(32, 64, requires_grad=True)
+        with scope():
+            y = compiled(x, number)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        (expected,) = torch.autograd.grad(call(x, number).sum(), x)
+        if name is not None:
+            expected = fewbit.codebook(name, 3, **{parameter: number}).derivative(x.detach())
+        torch.testing.assert_close(grad, expected)
+
+
+def test_forward_mode_inside_of_a_compiled_function_is_stocks() -> None:
+    def run(x: Tensor, tangent: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(F.gelu(forward_ad.make_dual(x, tangent))).tangent
+
+    x, tangent = torch.randn(32, 64, requires_grad=True), torch.randn(32, 64)
+    with scope():
+        mine = torch.compile(run, backend="aot_eager", fullgraph=True)(x, tangent)
+    torch.testing.assert_close(mine, run(x, tangent))
+
+
+def test_a_derivative_that_is_taken_in_the_graph_is_stocks() -> None:
+    first, last = nn.Linear(8, 64), nn.Linear(64, 1)
+
+    def penalty(x: Tensor) -> Tensor:
+        (slope,) = torch.autograd.grad(last(F.silu(first(x))).sum(), x, create_graph=True)
+        return slope.square().sum()
+
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        pytest.skip("this torch traces no torch.autograd.grad")
+    x = torch.randn(32, 8, requires_grad=True)
+    stock = torch.autograd.grad(penalty(x), first.weight)[0]
+    with torch._dynamo.config.patch(trace_autograd_ops=True), scope():
+        loss = torch.compile(penalty, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(torch.autograd.grad(loss, first.weight)[0], stock)
+
+
+def test_bits_may_be_numpys_in_a_mapping() -> None:
+    x = torch.randn(32, 64, requires_grad=True)
+    with fewbit.scope(bits={"gelu": np.int64(3)}, min_bytes=0):
+        y = torch.compile(F.gelu, backend="aot_eager", fullgraph=True)(x)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(grad, fewbit.codebook("gelu", 3).derivative(x.detach()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -288,7 +289,8 @@ def test_nothing_of_a_dropped_graph_is_held_by_what_is_learned(x: Tensor) -> Non
 
 
 def test_a_site_that_sees_both_kinds_in_one_step_stays_with_codes() -> None:
-    site = _sites.Site(nn.ReLU6(), None)
+    module = weakref.ref(nn.ReLU6())
+    site = _sites.Site(module, module)
     for number in range(3):
         site.see(False, False, True, _sites.Verdict.CODES, number)
         site.see(False, True, False, _sites.Verdict.CODES, number)

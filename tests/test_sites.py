@@ -117,15 +117,60 @@ def test_freezing_and_unfreezing_the_next_layer_is_noticed(opened: fewbit.scope)
     assert steps(model, opened)[-1] == {"gelu 1": "y+1"}
     model[2].requires_grad_(False)
     assert steps(model, opened) == [{"gelu 1": 3}] * 3
-    model[2].requires_grad_(True)
+    model[2].requires_grad_(True)  # as it was: that is known
+    assert steps(model, opened) == [{"gelu 1": "y+1"}] * 3
+    model[0].bias.requires_grad_(False)
     assert steps(model, opened) == [{"gelu 1": 3}, {"gelu 1": 3}, {"gelu 1": "y+1"}]
 
 
-def test_another_mode_of_the_module_is_learned_anew(opened: fewbit.scope) -> None:
+def test_each_mode_of_the_module_is_learned(opened: fewbit.scope) -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Dropout(0.5), nn.Linear(64, 64))
     assert steps(model.eval(), opened)[-1] == {"gelu 1": "y+1"}
-    assert steps(model.train(), opened, 4)[-1]["gelu 1"] == 3
-    assert steps(model.eval(), opened)[0] == {"gelu 1": 3}
+    assert [step["gelu 1"] for step in steps(model.train(), opened, 4)] == [3, 3, 3, 3]
+    assert steps(model.eval(), opened)[0] == {"gelu 1": "y+1"}
+
+
+@pytest.mark.parametrize("alternating", ["mode", "requires_grad"])
+def test_steps_that_alternate_are_learned(alternating: str, opened: fewbit.scope) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Dropout(0.0), nn.Linear(64, 64))
+    found = []
+    for i in range(6):
+        if alternating == "mode":
+            model.train(i % 2 == 0)
+        else:  # as a GAN's discriminator, in whose steps the generator has none
+            model[3].requires_grad_(i % 2 == 0)
+        found += [step["gelu 1"] for step in steps(model, opened, 1)]
+    assert found == [3, 3, 3, 3, "y+1", "y+1" if alternating == "mode" else 3]
+
+
+def test_an_old_state_is_forgotten_for_a_new_one(opened: fewbit.scope) -> None:
+    model = nn.Sequential(*(layer for _ in range(2 * _sites.STATES) for layer in (nn.Linear(64, 64), nn.GELU())))
+    flags = list(model.parameters())
+    for frozen in flags:
+        for p in flags:
+            p.requires_grad_(p is not frozen)
+        steps(model, opened, 1)
+    (trainable,) = opened._sites._models.values()
+    assert len(trainable._states) <= _sites.STATES
+    assert all(len(place._sites) <= 2 * _sites.STATES for place in opened._sites._places.values())
+
+
+def test_an_output_that_is_kept_only_now_and_then_is_not_relied_upon(opened: fewbit.scope) -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.other = nn.Linear(64, 64), nn.Linear(64, 64), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.gelu(self.a(x))
+            return h.sum() if self.other else self.b(h).sum()
+
+    model, found = Routed(), []
+    for i in range(20):
+        model.other = i % 5 == 4
+        found += [step["gelu Routed"] for step in steps(model, opened, 1)]
+    assert found[:5] == [3, 3, "y+1", "y+1", "y+1"]
+    assert found[10:] == [3] * 10  # it was found alone twice
 
 
 def test_a_site_is_looked_at_again_now_and_then(opened: fewbit.scope, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,10 +444,10 @@ def test_sites_of_models_that_are_gone_are_dropped(opened: fewbit.scope, monkeyp
         steps(chain(nn.GELU()), opened, 1)
         if i % 8 == 0:
             gc.collect()
-    assert len(opened._sites._sites) < 1024
+    assert len(opened._sites._places) < 1024
     opened._sites._purge_at = 0
     steps(chain(nn.GELU()), opened, 1)
-    assert len(opened._sites._sites) <= 2
+    assert len(opened._sites._places) <= 2
 
 
 def test_a_model_may_have_parameters_of_its_own_making(opened: fewbit.scope) -> None:
