@@ -1,4 +1,4 @@
-"""The modules of transformers and timm that are written in primitives: NOTE [ Composites by module class ].
+"""Modules of transformers, timm, diffusers and others, written in primitives: NOTE [ Composites by module class ].
 
 Activations by the module that defines them; norms, which each model of transformers defines anew, by the end of their
 names. They are looked for among the modules already imported; nothing is imported for it.
@@ -29,6 +29,7 @@ _ACTIVATIONS: dict[str, dict[str, tuple[str, dict[str, Parameter]]]] = {
         "QuickGELUActivation": ("quick_gelu", {}),
     },
     "timm.layers.activations": {"QuickGELU": ("quick_gelu", {})},
+    "efficientnet_pytorch.utils": {"MemoryEfficientSwish": ("silu", {}), "Swish": ("silu", {})},
 }
 _NORMS: dict[str, tuple[str, ...]] = {
     "transformers.models.": (
@@ -37,6 +38,9 @@ _NORMS: dict[str, tuple[str, ...]] = {
         *(f"{model}LayerNorm" for model in ("T5", "LongT5", "SwitchTransformers", "Pix2Struct", "Pop2Piano", "Udop")),
     ),
     "timm.layers.norm": ("RmsNorm", "RmsNorm2d", "SimpleNorm", "SimpleNorm2d"),
+    "diffusers.models.normalization": ("RMSNorm",),
+    "x_transformers.x_transformers": ("RMSNorm",),
+    "denoising_diffusion_pytorch.denoising_diffusion_pytorch": ("RMSNorm",),
 }
 
 
@@ -58,7 +62,8 @@ def _replace_in(name: str, module: ModuleType) -> None:
         replace_forward(cls, "rms_norm", found, found.check(parameters) if found else {})
 
 
-find_built_in = Imported(("transformers.", "timm."), _replace_in)
+_PACKAGES = {f"{module.partition('.')[0]}." for module in (*_ACTIVATIONS, *_NORMS)}
+find_built_in = Imported(tuple(sorted(_PACKAGES)), _replace_in)
 
 
 def _classes(

@@ -73,16 +73,18 @@ class Facts:
     Attributes:
         reason: why it is left alone; empty where it is not.
         primitives: what its primitives save, beside the parameters.
+        unseen: its node is that of a `torch.autograd.Function`, of which a mode is not told.
     """
 
     reason: str
     primitives: Saves
+    unseen: bool = False
 
     def gains(self, composite: Composite, x: Tensor) -> bool:
         """Whether less is kept if it is treated as a whole."""
         if composite.call is None:
             return self.primitives.gain(x) >= _recompute.GAIN
-        return self.primitives.extra > 0
+        return self.primitives.extra > 0 or self.unseen
 
     def anchors(self, x: Tensor) -> bool:
         """Whether it is this input that they save, and no copy of it."""
@@ -281,6 +283,8 @@ def _run_activation(
             return run_it()  # a native node, which the mode sees
         forward = _Shell(composite, module)
         if settings.exact:
+            if not facts.primitives.extra:
+                raise Keep(_policy.EXACT)  # it keeps its input, as it would to be run again
             if entry.hooks is not None:
                 raise Keep(_policy.HOOKS)
             if settings.bits_for(call.name, x, exact=False) is None:
@@ -349,7 +353,7 @@ def look_at(composite: Composite, module: nn.Module, x: Tensor) -> Facts:
     if facts is None:
         with ops.unseen():
             reason = _reason_to_leave(composite, module, x)
-            facts = Facts(reason, Saves(0.0, True)) if reason else Facts("", _saves(composite, module, x))
+            facts = Facts(reason, Saves(0.0, True)) if reason else _find_out(composite, module, x)
         known = _facts.setdefault(module, {})
         if len(known) >= STATES:  # a number that changes from call to call
             known.clear()
@@ -401,6 +405,12 @@ def _reason_to_leave(composite: Composite, module: nn.Module, x: Tensor) -> str:
 
 def _shared(a: Tensor, b: Tensor) -> bool:
     return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+
+
+def _find_out(composite: Composite, module: nn.Module, x: Tensor) -> Facts:
+    with pristine(autocast=True):
+        y = composite.forward(module, _probe(composite, x).requires_grad_())
+    return Facts("", _saves(composite, module, x), isinstance(y.grad_fn, torch.autograd.function.BackwardCFunction))
 
 
 def _saves(composite: Composite, module: nn.Module, x: Tensor) -> Saves:

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fewbit_hooks as fewbit
-from fewbit_hooks import _built_in, _composites
+from fewbit_hooks import _built_in, _composites, _policy
 
-from .conftest import Names, held_for_backward, treatment
+from .conftest import Names, held_for_backward, quiet, treatment
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 activations = pytest.importorskip("transformers.activations")
@@ -689,3 +689,40 @@ def test_a_subclass_that_inherits_the_forward_is_included(x: Tensor) -> None:
     with exact():
         assert is_whole(Inherits()(x * 1.0))
         assert all_equal(results(Inherits(), x), stock)
+
+
+class MemoryEfficientSwish(nn.Module):
+    """As efficientnet_pytorch has it."""
+
+    class Swish(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x * torch.sigmoid(x)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            (x,) = ctx.saved_tensors
+            s = torch.sigmoid(x)
+            return grad * (s * (1 + x * (1 - s)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.Swish.apply(x)
+
+
+def test_a_module_whose_node_no_mode_sees_is_coded_or_counted() -> None:
+    fewbit.register_module(MemoryEfficientSwish, "silu")
+    module, x = MemoryEfficientSwish(), torch.randn(64, 64, requires_grad=True)
+    stock = module(x * 1)
+    with quiet(bits=3) as memory:
+        y = module(x * 1)
+    (row,) = memory.report().rows
+    assert (row.activation, row.bits, row.freed_bytes, row.stored_bytes) == ("silu", 3, x.nbytes, x.nbytes * 3 // 32)
+    assert torch.equal(y, stock)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(grad, fewbit.codebook("silu", 3).derivative(x.detach()))
+    with quiet(exact=True) as memory:
+        y = module(x * 1)
+    (row,) = memory.report().rows
+    assert (row.activation, row.bits, row.reason) == ("silu", None, _policy.EXACT)
+    assert torch.equal(*(torch.autograd.grad(result.sum(), x)[0] for result in (y, stock)))
