@@ -29,7 +29,7 @@ _ACTIVATIONS: dict[str, dict[str, tuple[str, dict[str, Parameter]]]] = {
         "QuickGELUActivation": ("quick_gelu", {}),
     },
     "timm.layers.activations": {"QuickGELU": ("quick_gelu", {})},
-    "efficientnet_pytorch.utils": {"MemoryEfficientSwish": ("silu", {}), "Swish": ("silu", {})},
+    "efficientnet_pytorch.utils": {"MemoryEfficientSwish": ("silu", {})},
 }
 _NORMS: dict[str, tuple[str, ...]] = {
     "transformers.models.": (
@@ -71,7 +71,12 @@ def _classes(
 ) -> Iterator[tuple[type[nn.Module], str | None, dict[str, Parameter]]]:
     for class_name, (activation, parameters) in _ACTIVATIONS.get(name, {}).items():
         cls = content.get(class_name)
-        if inspect.isclass(cls) and issubclass(cls, nn.Module) and not hasattr(cls.forward, "_fewbit_original"):
+        if (
+            inspect.isclass(cls)
+            and issubclass(cls, nn.Module)
+            and cls.__module__ == name  # what is only named there, nn.SiLU say, is not the package's
+            and not hasattr(cls.forward, "_fewbit_original")
+        ):
             yield cls, activation, parameters
     endings = next((endings for start, endings in _NORMS.items() if name.startswith(start)), ())
     if not endings or (name.startswith("transformers.") and ".modeling_" not in name):

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import types
 import warnings
 import weakref
 from collections.abc import Callable
@@ -726,3 +727,16 @@ def test_a_module_whose_node_no_mode_sees_is_coded_or_counted() -> None:
     (row,) = memory.report().rows
     assert (row.activation, row.bits, row.reason) == ("silu", None, _policy.EXACT)
     assert torch.equal(*(torch.autograd.grad(result.sum(), x)[0] for result in (y, stock)))
+
+
+def test_a_class_of_torch_that_a_package_gives_a_name_stays_as_it_is() -> None:
+    name = "efficientnet_pytorch.utils"
+    package = types.ModuleType(name)
+    package.MemoryEfficientSwish = nn.SiLU  # type: ignore[attr-defined]
+    _built_in._replace_in(name, package)
+    assert not hasattr(nn.SiLU.forward, "_fewbit_original")
+    own = type("MemoryEfficientSwish", (nn.SiLU,), {"forward": nn.SiLU.forward, "__module__": name})
+    package.MemoryEfficientSwish = own  # type: ignore[attr-defined]
+    _built_in._replace_in(name, package)
+    assert hasattr(own.forward, "_fewbit_original")
+    assert not hasattr(nn.SiLU.forward, "_fewbit_original")
