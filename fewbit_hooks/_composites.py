@@ -18,6 +18,7 @@ a function that calls the original outside of any scope, and inside one has the 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import inspect
 import threading
@@ -181,7 +182,20 @@ def _run_or_leave(composite: Composite) -> types.FunctionType:
     thread, acting, coding = _stack.this_thread, _stack.acting, _stack.coding_here
     is_compiling, is_grad_enabled, partial = torch.compiler.is_compiling, torch.is_grad_enabled, functools.partial
     call = replace(composite.call, fixed=tuple(composite.parameters.items())) if composite.call is not None else None
-    tensor, serves = Tensor, _serves
+    tensor = Tensor
+
+    def serves(address: int, dtype: str, device: str) -> bool:
+        """Runs in Python, when a graph is traced: whether an instance computes what its class says.
+
+        Args:
+            address: its id, which Dynamo guards; up to torch 2.11 it hands a function like this no module. The instance
+                is there: its forward is being read.
+        """
+        module: nn.Module = ctypes.cast(address, ctypes.py_object).value
+        like = torch.zeros(8, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device, requires_grad=True)
+        return not look_at(composite, module, like).reason
+
+    serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def run_or_leave(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if thread.acting is None:  # outside of any scope this is all that it costs
@@ -190,7 +204,7 @@ def _run_or_leave(composite: Composite) -> types.FunctionType:
             found, given = coding(), (*args, *kwargs.values())
             if call is None or found is None or len(given) != 1 or not isinstance(given[0], tensor):
                 return forward(self, *args, **kwargs)
-            whole = serves(composite, self, str(given[0].dtype), str(given[0].device))
+            whole = serves(id(self), str(given[0].dtype), str(given[0].device))
             return run_compiled(found, call, partial(forward, self), given, {}, whole)
         entry = acting()
         if entry is None or not is_grad_enabled():
@@ -198,15 +212,6 @@ def _run_or_leave(composite: Composite) -> types.FunctionType:
         return plainly(partial(run, entry, composite, self, args, kwargs))
 
     return cast(types.FunctionType, run_or_leave)
-
-
-def _serves(composite: Composite, module: nn.Module, dtype: str, device: str) -> bool:
-    """Runs in Python, when a graph is traced: whether an instance computes what its class says."""
-    like = torch.zeros(8, dtype=getattr(torch, dtype.removeprefix("torch.")), device=device, requires_grad=True)
-    return not look_at(composite, module, like).reason
-
-
-_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def in_place_of(forward: Any, function: types.FunctionType) -> types.FunctionType:
