@@ -136,28 +136,32 @@ def run(
         return func(*args, **kwargs)
     if is_exporting():  # what is exported is the model, without the scope that it happens to be in
         return func(*args, **kwargs)
-    in_primitives = composite is not None or call.one_node is not None
-    constants = None if composite is False or call.one_node is not None else _asked(coding, call, args, kwargs)
-    if constants is None and in_primitives:
-        with torch._C.DisableTorchFunction():  # a sigmoid in it is not the user's, to be coded by itself
-            return func(*args, **kwargs)
-    if constants is None:
-        return func(*args, **kwargs)
     x = args[0] if args else kwargs.get("input", kwargs.get("self"))
     rest = {key: value for key, value in kwargs.items() if key not in ("input", "self")}
-    return _Coded.apply(x, func, args[1:], rest, constants)  # type: ignore[no-untyped-call]
+    constants = None
+    if composite is not False and call.one_node is None:
+        constants = _asked(coding, call, x, args[1:], rest)
+    if constants is not None:
+        return _Coded.apply(x, func, args[1:], rest, constants)  # type: ignore[no-untyped-call]
+    if composite is None and call.one_node is None:
+        return func(*args, **kwargs)
+    with torch._C.DisableTorchFunction():  # a sigmoid in it is not the user's, to be coded by itself
+        return func(*args, **kwargs)
 
 
-def _asked(coding: Coding, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Constants | None:
-    """How the call is coded; None keeps it. Dynamo reads it."""
-    x = args[0] if args else kwargs.get("input", kwargs.get("self"))
+def _asked(coding: Coding, call: Call, x: Any, more: tuple[Any, ...], rest: dict[str, Any]) -> Constants | None:
+    """How the call is coded; None keeps it. Dynamo reads it.
+
+    Args:
+        x: the input.
+        more, rest: the arguments after it, by place and by name.
+    """
     if type(x) is not Tensor or not x.requires_grad or x.numel() * x.element_size() < coding.min_bytes:
         return None
-    rest = {key: value for key, value in kwargs.items() if key not in ("input", "self")}
-    for value in (*args[1:], *rest.values()):
+    for value in (*more, *rest.values()):
         if isinstance(value, Tensor):
             return None
-    given = tuple([_constant(value) for value in args[1:]])
+    given = tuple([_constant(value) for value in more])
     named = tuple([(key, _constant(value)) for key, value in rest.items()])
     return _constants(call.name, call.names, call.inplace, coding, given, (*named, *call.fixed), str(x.dtype))
 
@@ -192,7 +196,7 @@ def _constants(
     if getattr(torch._dynamo.config, "trace_autograd_ops", False):
         return None  # the same of a `torch.autograd.grad` in the graph, where nothing would say so
     given = {**dict(zip(names, rest, strict=False)), **dict(named)}
-    if activation.exact or bits is None or inplace or given.pop("inplace", False):
+    if bits is None or inplace or given.pop("inplace", False):
         return None
     if dtype not in {str(d) for d in _policy.DTYPES}:
         return None
