@@ -373,7 +373,7 @@ class Trainable:
             self.state = next(self._numbers)
         self._states[flags] = self.state  # the latest last
         if len(self._states) > STATES:
-            del self._states[next(iter(self._states))]
+            self._states.pop(next(iter(self._states)), None)  # another thread may have done it
 
 
 class _Place:
@@ -398,7 +398,7 @@ class _Place:
         site = self._sites.get(state)
         if site is None:
             if len(self._sites) >= 2 * STATES:
-                del self._sites[next(iter(self._sites))]
+                self._sites.pop(next(iter(self._sites)), None)  # another thread may have done it
             site = self._sites[state] = Site(self.module, self.model)
         site.model = self.model
         return site
