@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,16 @@ if not torch.cuda.is_available():
 
 # Thousands of small calls: on a busy machine a second thread makes them three times slower. test_ops.py uses all.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def collections_are_quick() -> Iterator[None]:
+    """What was there before a module's tests, two million objects once the compiler is imported, is not looked through
+    each time that a test collects its garbage."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
