@@ -56,7 +56,7 @@ SELECTED = 4
 """Bits up to which a code's level is selected by comparisons; with more it is looked up."""
 
 # under names of ours: `plainly` must name no module of torch
-_callback: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback
+callback: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback
 _set_callback: Callable[[Any], Any] = torch._C._dynamo.eval_frame.set_eval_frame
 Constants = tuple[int, tuple[float, ...], tuple[float, ...], bool]
 """Bits, boundaries, levels, folded."""
@@ -86,14 +86,14 @@ def plainly(call: functools.partial[Any]) -> Any:
     among them, and takes for constant what they ask of torch's state. This one it does not, as it sees neither a tensor
     nor a module of torch in it: hence the partial.
     """
-    callback = _callback()
-    if callback is None:
+    compiles = callback()
+    if compiles is None:
         return call()
     _set_callback(None)
     try:
         return call()
     finally:
-        _set_callback(callback)
+        _set_callback(compiles)
 
 
 def is_exporting() -> bool:

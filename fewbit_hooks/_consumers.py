@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import _recipes
 from ._hooked import hooked
@@ -17,6 +16,7 @@ from ._recipes import Geometry, Recipe
 from ._recompute_calls import RecomputeCall
 from ._sites import Verdict, Watch
 from ._stack import Entry
+from ._storages import StorageWeakRef
 
 
 def consume(

@@ -1,11 +1,10 @@
-"""Autograd's graph: its nodes, what they have saved, and who else holds it."""
+"""Autograd's graph: its nodes, and what they have saved."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -46,9 +45,3 @@ def saved_since(before: int, results: Iterable[Tensor]) -> Iterator[Tensor]:
         for name in dir(node):
             if name.startswith("_saved_") and isinstance(t := getattr(node, name), Tensor):
                 yield t
-
-
-def owners(t: Tensor) -> int:
-    """How many tensors, the caller's included, lie on the storage of `t`."""
-    count: int = torch._C._storage_Use_Count(t.untyped_storage()._cdata)
-    return count - 1  # the Python object of the storage

@@ -23,18 +23,17 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import ops
 from ._around import Receipt
 from ._dtensor import PartHook, Whole, detached, is_dtensor, local_part, version_of
 from ._errors import FewbitError, FewbitRuntimeError
-from ._graph import owners
 from ._hooked import Hooks, hooked
 from ._inverse import Inverse, Itself
 from ._ledger import CODES, KEPT, OUTPUT, Ledger, Row, Step
 from ._plan import Plan
 from ._sites import Site, Verdict, Watch
+from ._storages import StorageWeakRef, owners
 
 Decoder: TypeAlias = Callable[[Tensor, Tensor | None, ops.Layout], Tensor]
 """From the output and the packed bits to a tensor of the layout."""
@@ -122,11 +121,17 @@ class Beside:
 
     def rely_on(self, y: Tensor) -> None:
         """The call has its output; or that has been copied, and `y` is what it is in the copy."""
-        self.output, self.version = detached(y), version_of(y)
+        if type(y) is Tensor:
+            self.output, self.version = y.detach(), y._version
+        else:
+            self.output, self.version = detached(y), version_of(y)
 
     def has_changed(self) -> bool:
         """Whether the output has been changed in place."""
-        return self.output is not None and version_of(self.output) != self.version
+        output = self.output
+        if type(output) is Tensor:
+            return output._version != self.version
+        return output is not None and version_of(output) != self.version
 
     def lies_in(self, storage: int) -> bool:
         """Whether the output lies in the storage of that address."""

@@ -20,17 +20,19 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import deque
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import _sites
 from ._modules import ModuleRef, enclosing_modules, innermost_module, model_of
+from ._storages import StorageWeakRef
 
 SWEEP = 4096
-"""Storages pending before those already gone are struck off: bounds the ledger of a loop that never runs backward."""
+"""Storages pending before those already gone are struck off, and calls that passed before they are added up: bounds the
+ledger of a loop that never runs backward."""
 
 WATCHES = 1024
 """Calls that are watched at most: those of one forward, which has a hundred of them or so."""
@@ -80,6 +82,7 @@ class Step:
     pending: dict[int, Pending] = field(default_factory=dict)
     held: dict[int, StorageWeakRef] = field(default_factory=dict)
     watches: list[_sites.Watch] = field(default_factory=list)
+    passed: deque[tuple[str, str, int]] = field(default_factory=deque)
     backward_began: bool = False
     swept: bool = False  # since the latest storage was added
     sweep_at: int = SWEEP
@@ -91,7 +94,7 @@ class Step:
             late: nodes nearer the loss may have released what they held: a look since the forward ended is better.
         """
         with self.lock:
-            if not self.backward_began and self.rows:
+            if not self.backward_began and (self.rows or self.passed):
                 if not (late and self.swept):
                     self.sweep()
                 self.look_at_watches(late=late)
@@ -124,6 +127,23 @@ class Step:
         """Learn of the calls whose modules have returned."""
         if self.watches:
             self.watches = _sites.look(self.watches, set(enclosing_modules()), self.number, late=late)
+
+    def tally(self) -> None:
+        """Put the calls that passed among the rows."""
+        with self.lock:
+            while self.passed:
+                activation, reason, nbytes = self.passed.popleft()
+                row = self.row(activation, None, None, reason)
+                row.calls += 1
+                row.original_bytes += nbytes
+
+    def row(self, activation: str, module: ModuleRef | None, bits: int | None, reason: str, how: str = KEPT) -> Row:
+        """The row of such calls."""
+        key = activation, module, bits, reason, how
+        row = self.rows.get(key)
+        if row is None:
+            row = self.rows[key] = Row(activation, module, None, bits, reason, how)
+        return row
 
     def bound(self) -> None:
         """Sweep where many storages have come together."""
@@ -166,7 +186,7 @@ class Ledger:
             module = innermost_module()
             ref = weakref.ref(module) if module is not None else None
         with self._lock:
-            row = self._open(activation, ref, bits, reason, how)
+            row = self._open().row(activation, ref, bits, reason, how)
             if row.calls == 0 and ref is not None and (module := ref()) is not None:
                 row.model = site.model if site is not None else weakref.ref(model_of(module))
                 row.module_class = type(module).__name__
@@ -174,26 +194,24 @@ class Ledger:
             return row
 
     def passed(self, activation: str, reason: str, nbytes: int) -> None:
-        """Count a call that passes at the cost of the look-up: no module, no storage."""
-        with self._lock:
-            row = self._open(activation, None, None, reason)
-            row.calls += 1
-            row.original_bytes += nbytes
+        """Count a call that passes at the cost of the look-up: no module, no storage, no lock."""
+        passed = (self._open() if self.step.backward_began else self.step).passed
+        passed.append((activation, reason, nbytes))  # at one stroke
+        if len(passed) >= SWEEP:
+            self.step.tally()
 
-    def _open(self, activation: str, module: ModuleRef | None, bits: int | None, reason: str, how: str = KEPT) -> Row:
-        if self.step.backward_began:
-            # a forward that goes on after a backward inside it, or on another thread, is still to be looked at
-            self.step = Step(self._lock, self.step.number + 1, watches=self.step.watches)
-        key = activation, module, bits, reason, how
-        row = self.step.rows.get(key)
-        if row is None:
-            row = self.step.rows[key] = Row(activation, module, None, bits, reason, how)
-        return row
+    def _open(self) -> Step:
+        """The step that is being recorded."""
+        with self._lock:
+            if self.step.backward_began:
+                # a forward that goes on after a backward inside it, or on another thread, is still to be looked at
+                self.step = Step(self._lock, self.step.number + 1, watches=self.step.watches)
+            return self.step
 
     @property
     def steps(self) -> int:
         """Steps that saved something."""
-        return self.step.number + bool(self.step.rows)
+        return self.step.number + bool(self.step.rows or self.step.passed)
 
     @property
     def coming_step(self) -> int:
@@ -259,6 +277,7 @@ class Ledger:
     def rows(self) -> list[Row]:
         """The rows of the latest step."""
         with self._lock:
+            self.step.tally()
             if not self.step.backward_began:
                 self.step.sweep()
             return list(self.step.rows.values())

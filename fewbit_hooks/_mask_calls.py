@@ -28,14 +28,12 @@ class MaskCall(Call):
     mask: str = ""
     returns: bool = False
 
-    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments by name."""
-        given = dict(zip(self.names, args, strict=False))
-        given.update(kwargs)
-        return given
-
     def draws_nothing(self, given: Mapping[str, Any]) -> bool:
-        """This dropout does nothing (evaluation, p=0), or leaves nothing (p=1: the mask is a single 0)."""
+        """This dropout does nothing (evaluation, p=0), or leaves nothing (p=1: the mask is a single 0).
+
+        Args:
+            given: the arguments by name.
+        """
         if self.mask:
             return False
         default = 0.0 if self.name == "scaled_dot_product_attention" else 0.5

@@ -39,13 +39,14 @@ from torch import Tensor, nn
 
 from . import _policy, _recipes, _recompute, ops
 from ._around import change_codes
-from ._graph import latest_node, owners, saved_since
+from ._graph import latest_node, saved_since
 from ._hooked import Hooks, hooked
 from ._hooks import NO_GAIN, Handed, HandedCodes, Kept, keep
 from ._ledger import CODES, Ledger, Row, Step
 from ._mask_calls import MaskCall
 from ._policy import Keep
 from ._stack import Entry
+from ._storages import owners
 
 FLOATS = "a mask of floats on CUDA: the host would have to wait to see that it has two values"
 CAPTURING = "a mask of the caller's, while a CUDA graph is captured"
@@ -60,7 +61,7 @@ returned by then, and let go of its masks."""
 
 def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Make a call that saves a mask: packed, or as it is."""
-    given = call.given(args, kwargs)
+    given = dict(zip(call.names, args, strict=False), **kwargs)
     if call.draws_nothing(given):
         return _run_without(entry, call, func, args, kwargs) if entry.recomputes else func(*args, **kwargs)
     x, tensors = None, []

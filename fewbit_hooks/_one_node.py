@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import ops
 from ._errors import FewbitError
@@ -40,6 +39,7 @@ from ._ledger import CODES, OUTPUT, Ledger, Row
 from ._plan import Plan
 from ._sites import Site, Verdict, Watch
 from ._standins import Saves
+from ._storages import StorageWeakRef
 
 
 def serves(plan: Plan, x: Tensor, inverse: Inverse | Itself | None) -> bool:

@@ -209,8 +209,10 @@ def traced() -> bool:
     """Fake tensors or proxies stand for the true ones, or torch.jit.trace looks on."""
     if torch._C._get_tracing_state() is not None:
         return True
+    if not ops.seen_by_modes():
+        return False
     keys = torch._C._TorchDispatchModeKey
-    return ops.seen_by_modes() and any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY))
+    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.FAKE, keys.PROXY))
 
 
 _plans: dict[Any, Plan] = {}

@@ -30,12 +30,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from ._errors import FewbitError, FewbitRuntimeError
 from ._hooks import Kept
 from ._replay import Autocast, replay, untraced, when_backward_ends
 from ._sites import Site
+from ._storages import StorageWeakRef
 
 DEPTH = 8
 """Steps from a recipe to what is kept. LoRA's chain of norm, cast and dropout has three."""

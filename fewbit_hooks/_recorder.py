@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from . import _built_in, _consumers, _graph, _stack
@@ -39,6 +38,7 @@ from ._modules import innermost_module, outermost_module, parameters_of
 from ._recompute_calls import RECOMPUTE
 from ._recording import IN, MADE, OUT, Operation, Saved
 from ._seen import Seen
+from ._storages import StorageWeakRef
 
 UNSEEN = "(no torch call)"
 """What is saved neither by a torch call nor by a custom Function: scripted functions, C++ extensions."""

@@ -324,6 +324,8 @@ class _Mode(TorchFunctionMode):
             return func(*args, **kwargs)
         if torch.compiler.is_compiling():
             return _compiled.run(self.entry.coding, call, func, args, kwargs)
+        if _compiled.callback() is None:
+            return _run(self.entry, call, func, args, kwargs)
         return _compiled.plainly(functools.partial(_run, self.entry, call, func, args, kwargs))
 
 

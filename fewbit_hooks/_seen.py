@@ -49,7 +49,7 @@ class Seen:
         """
         call, again = RECOGNISED.get(function), RECOMPUTE.get(function)
         if isinstance(call, MaskCall):
-            return self._mask_call(call, function, call.given(args, kwargs), y, kept)
+            return self._mask_call(call, function, dict(zip(call.names, args, strict=False), **kwargs), y, kept)
         if call is _copies.COPY:
             copies = _copies.inside(args, kwargs, y) is not None
             return {"kind": COPY, "x": self.ref(call.input(args, kwargs))} if copies else {}

@@ -36,11 +36,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ._dtensor import detached, is_dtensor, local_part, version_of
 from ._modules import CALL_IMPL, ModuleRef, model_of, parameters_of
+from ._storages import StorageWeakRef
 
 if TYPE_CHECKING:
     from ._ledger import Row

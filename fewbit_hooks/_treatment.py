@@ -42,7 +42,8 @@ def run(entry: Entry, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict
         if call.one_node is not None and plan.captures(x):
             raise Keep(_policy.CAPTURED)
     except Keep as keep:
-        return leave(entry, call, str(keep), x, run_it)
+        site, _ = _site(entry, call.name, recomputes=False)  # which knows the module, and the model around it
+        return leave(entry, call, str(keep), x, run_it, site)
     if call.one_node is not None:
         return as_one_node(entry, plan, x, run_it, plan.function, plan.primitives(x))
     return _as_it_is(entry, call, plan, x, run_it)
@@ -148,7 +149,7 @@ def as_one_node(
         forward: the same of its input alone.
     """
     ledger, name = entry.scope._ledger, plan.activation.name
-    site, verdict = _site(entry, name, entry.recomputes)
+    site, verdict = _site(entry, name, recomputes=entry.recomputes)
     if verdict in (Verdict.LEAVE, Verdict.INPUT):
         y = again(entry, name, forward, x, primitives, site)
         _watch_input(ledger, site, verdict, y)
@@ -167,7 +168,7 @@ def _as_it_is(entry: Entry, call: Call, plan: Plan, x: Tensor, run_it: functools
     """Make the call of one node with our hooks around it, or without."""
     ledger = entry.scope._ledger
     recomputes = entry.recomputes and type(x) is Tensor
-    site, verdict = _site(entry, call.name, recomputes)
+    site, verdict = _site(entry, call.name, recomputes=recomputes)
     if verdict is Verdict.INPUT and plan.codebook is None:
         verdict = site.verdict if site is not None else verdict  # a bit is less than the input, none less than that
     if verdict in (Verdict.LEAVE, Verdict.INPUT):
@@ -186,7 +187,7 @@ def _as_it_is(entry: Entry, call: Call, plan: Plan, x: Tensor, run_it: functools
     return y
 
 
-def _site(entry: Entry, name: str, recomputes: bool) -> tuple[Site | None, Verdict]:
+def _site(entry: Entry, name: str, *, recomputes: bool) -> tuple[Site | None, Verdict]:
     """The place that the call comes from, and what is to be done there."""
     if entry.hooks is not None:
         # Under hooks of others nothing is learned: a checkpoint must see the same saved tensors when it runs again.

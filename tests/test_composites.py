@@ -646,6 +646,28 @@ def test_an_instance_that_comes_to_compute_something_else_is_left_as_it_is(chang
     assert torch.equal(grad, torch.autograd.grad(module(x).sum(), x)[0])
 
 
+class Switched(nn.Module):
+    """silu, as one node or of primitives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.primitives = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x) if self.primitives else F.silu(x)
+
+
+@pytest.mark.parametrize("min_bytes", [0, 1 << 30])
+def test_an_instance_that_was_one_node_is_asked_again_when_it_changes(min_bytes: int, x: Tensor) -> None:
+    module = fewbit.register_module(Switched, "silu")()
+    with quiet(bits=3, min_bytes=min_bytes):
+        assert {module(x * 1.0).grad_fn.name() for _ in range(3)} == {"SiluBackward0"}
+    assert id(module) in _composites._native
+    module.primitives = True
+    with opened(bits=3):
+        assert treatment(module(x * 1.0)) == "codes"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

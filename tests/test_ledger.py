@@ -169,6 +169,20 @@ def test_tiny_tensors_pass_without_module_or_storage() -> None:
     assert y.requires_grad
 
 
+def test_tiny_tensors_that_pass_in_a_loop_are_all_counted_and_added_up_now_and_then() -> None:
+    x = torch.randn(8, requires_grad=True)
+    memory = fewbit.enable().scope
+    try:
+        for _ in range(SWEEP + 10):
+            F.dropout(x, 0.5)
+        assert len(memory._ledger.step.passed) == 10
+        passed = row(memory, "dropout")
+        assert (passed.calls, passed.original_bytes) == (SWEEP + 10, (SWEEP + 10) * 8 * 4)
+        assert not memory._ledger.step.passed
+    finally:
+        fewbit.disable()
+
+
 def test_rows_name_the_module_as_the_model_does() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+seen_by_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+"""How many `TorchDispatchMode`s see each call."""
 
 
 @contextlib.contextmanager
@@ -38,16 +41,11 @@ def unnoticed() -> AbstractContextManager[Any]:
     return torch._C.DisableTorchFunction()
 
 
-def seen_by_modes() -> bool:
-    """Whether a `TorchDispatchMode` sees each call."""
-    return torch._C._len_torch_dispatch_stack() > 0
-
-
 def must_be_ready(x: Tensor) -> bool:
     """Whether all tables that a tensor's codes take must be made before it is coded: while it is, the host cannot wait
     for its device, or modes look on."""
     # (measured) in a step that has cooled the caches it takes 26 us to ask for a device and its hash: not on the CPU
-    return not x.is_cpu or seen_by_modes()
+    return not x.is_cpu or seen_by_modes() > 0
 
 
 def _selectively_checkpointed() -> bool:
