@@ -273,7 +273,7 @@ def _run_in_scope(entry: _stack.Entry, composite: Composite, module: nn.Module, 
         return _recompute.again(ledger, composite.name, run_it, forward, x, parameters, facts.primitives)
     y = run_it()
     if facts.anchors(x):
-        _recipes.anchor(x)
+        _recipes.anchor_by_node(x, y)
         _recipes.note(y, forward, [x, *parameters])
     return y
 

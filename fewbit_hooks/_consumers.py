@@ -35,8 +35,8 @@ def consume(
     if not recipes:
         y = func(*args, **kwargs)
         for t in saved:
-            if is_saved_itself(call, t):
-                _recipes.anchor(t)
+            if is_saved_itself(call, t, tensors, args, kwargs):
+                _recipes.anchor_by_node(t, y)
         return y
     hook = ConsumerHook(call.name, recipes, ledger)
     try:
@@ -58,11 +58,23 @@ def saved_operands(call: RecomputeCall, tensors: Sequence[Tensor]) -> list[Tenso
     return [t for t, other in (operands, operands[::-1]) if other.requires_grad or both]
 
 
-def is_saved_itself(call: RecomputeCall, operand: Tensor) -> bool:
-    """Whether what is saved is this operand for certain, and no copy: autocast's, or a contiguous one."""
+def is_saved_itself(
+    call: RecomputeCall, operand: Tensor, tensors: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> bool:
+    """Whether what is saved is this operand for certain, and no copy: autocast's, a contiguous, broadcast or padded
+    one."""
     if torch.is_autocast_enabled(operand.device.type):
         return False
-    return call.name == "mul" or operand.is_contiguous()
+    if call.name == "mul":
+        return True
+    if call.name == "conv" and any(isinstance(value, str) for value in (*args, *kwargs.values())):
+        return False  # padding="same" may pad more on one side
+    if call.name == "matmul" and operand.dim() > 2:
+        first, second = tensors[:2]
+        alike = first.shape[:-2] == second.shape[:-2]
+        if not alike and (operand is second or second.dim() > 2):
+            return False
+    return operand.is_contiguous()
 
 
 class Recomputed:

@@ -9,7 +9,9 @@ tensor is replaced by a *recipe*: what to run again, and on which kept tensors.
 1. An *origin* says how a tensor came to be. It is noted when the tensor is made, by its storage, so that views are
    known too, and holds no tensor: only weak references, versions, and the origins of its own sources.
 2. An *anchor* is a tensor that a node of the graph is known to keep, because it always does (layer_norm its input), or
-   because a hook of ours was just handed it. It is held weakly.
+   because a hook of ours was just handed it. It is one as long as that node lives: where the graph of a branch is
+   dropped (a statistic that is logged), nobody keeps the tensor any more, and its owner may change it. It is held
+   weakly.
 3. A recipe is made when a node saves a tensor whose origin leads, in at most `DEPTH` steps, to anchors alone. So a
    recipe keeps nothing alive that autograd would not keep without it, and what it replaces is gone.
 4. The sources are held detached, with their versions, which are checked before they are used: as autograd would do.
@@ -307,9 +309,8 @@ class _Known(threading.local):
 
     def anchor(self, storage: int) -> Tensor | None:
         ref = self.anchors.get(storage)
-        kept = ref() if ref is not None else None
-        if isinstance(kept, (Kept, Leaf)):
-            kept = kept.tensor
+        keeper = ref() if ref is not None else None
+        kept: Tensor | None = keeper.tensor if keeper is not None else None
         if kept is None or kept.untyped_storage()._cdata != storage:  # the address may name another storage by now
             return None
         return kept
@@ -344,12 +345,33 @@ def note(
         _known.purge()
 
 
-def anchor(t: Tensor, keeper: Any = None) -> None:
-    """A node keeps `t`, by itself or in a `Kept` or `Leaf` that it was given."""
+class _ByNode:
+    """A tensor that a node keeps by itself. It lives as long as the node, which holds it among what it is annotated
+    with; the tensor it holds weakly, for the node may let go of that before."""
+
+    __slots__ = ("__weakref__", "_tensor")
+
+    def __init__(self, t: Tensor, node: Any) -> None:
+        self._tensor = weakref.ref(t)
+        node.metadata[self] = None
+
+    @property
+    def tensor(self) -> Tensor | None:
+        return self._tensor()
+
+
+def anchor(t: Tensor, keeper: Kept | Leaf | _ByNode) -> None:
+    """A node keeps `t`, in what it was given."""
     key = t.untyped_storage()._cdata
     if not is_turned(t) and key not in _known.exposed:
-        _known.anchors[key] = weakref.ref(keeper if keeper is not None else t)
+        _known.anchors[key] = weakref.ref(keeper)
         _known.purge()
+
+
+def anchor_by_node(t: Tensor, y: Any) -> None:
+    """The node of `y`, or one that it leads to, keeps `t` by itself."""
+    if isinstance(y, Tensor) and y.grad_fn is not None:
+        anchor(t, _ByNode(t, y.grad_fn))
 
 
 def is_anchor(t: Tensor) -> bool:

@@ -179,7 +179,7 @@ def _norm(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], k
         return again(ledger, call.name, run_it, norm.forward, x, norm.parameters, norm.primitives)
     y = func(*args, **kwargs)
     if norm.anchors_x:
-        _recipes.anchor(x)
+        _recipes.anchor_by_node(x, y)
     _recipes.note(y, norm.forward, [x, *norm.parameters])
     return y
 

@@ -196,7 +196,9 @@ class Seen:
             operands = _consumers.saved_operands(call, tensors)
             what |= {"kind": CONSUMER, "operands": tuple(self.ref(t) for t in operands)}
             what["site"] = self._sites.find(call.name, 0)
-            what["keeps"] = tuple(self.ref(t) for t in operands if _consumers.is_saved_itself(call, t))
+            what["keeps"] = tuple(
+                self.ref(t) for t in operands if _consumers.is_saved_itself(call, t, tensors, args, kwargs)
+            )
             if call.kind == "product" and _recompute.are_factors(tensors, kwargs):
                 what["sources"] = tuple(self.ref(t) for t in tensors)
         return what

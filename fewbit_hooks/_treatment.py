@@ -110,7 +110,7 @@ def leave(
         ledger.ends_at(y)
         saves_input = saves == "input"
         if entry.recomputes and saves_input and _has_its_own(x, y):
-            _recipes.anchor(x)
+            _recipes.anchor_by_node(x, y)
             _recompute.note_activation(run_it, x, y, (site, ledger.coming_step) if site is not None else None)
     return y
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fewbit_hooks as fewbit
 from fewbit_hooks import _recipes
+from fewbit_hooks._hooks import Kept
 from fewbit_hooks._recipes import DEPTH, Computed, Geometry, Leaf, Recipe
 from fewbit_hooks._replay import Autocast, replay
 
@@ -29,8 +30,13 @@ def forgotten() -> Iterator[None]:
 @pytest.fixture
 def x() -> Tensor:
     """A tensor of a graph, which some node keeps."""
-    t = torch.randn(8, 8, requires_grad=True) * 1.0
-    _recipes.anchor(t)
+    return anchored(torch.randn(8, 8, requires_grad=True) * 1.0)
+
+
+def anchored(t: Tensor) -> Tensor:
+    """The tensor, kept as long as it lives."""
+    t.kept = Kept(t, "a node")
+    _recipes.anchor(t, t.kept)
     return t
 
 
@@ -140,14 +146,14 @@ def test_a_freed_source_is_not_taken_for_what_lies_at_its_address_now() -> None:
         results.append(noted(torch.exp, h))
         del h
         other = torch.randn(8, 8, requires_grad=True) * 1.0
-        _recipes.anchor(other)
+        anchored(other)
         results.append(other)  # stays
     assert [recipe_of(y) for y in results] == [None] * 200
 
 
 def test_an_anchor_that_is_gone_is_none(x: Tensor) -> None:
     h = x * 2.0
-    _recipes.anchor(h)
+    anchored(h)
     y = noted(torch.exp, h)
     del h
     gc.collect()
@@ -188,7 +194,7 @@ def test_what_shares_the_storage_of_its_source_is_not_noted(x: Tensor) -> None:
 
 def test_origins_hold_no_tensor(x: Tensor) -> None:
     h = x * 2.0
-    _recipes.anchor(h)
+    anchored(h)
     y = noted(torch.exp, h)
     dead = weakref.ref(h), weakref.ref(y)
     gc.disable()
@@ -204,7 +210,7 @@ def test_registries_stay_bounded_when_tensors_come_and_go(x: Tensor, monkeypatch
     _recipes._known.purge_at = 64
     for _ in range(1000):
         y = noted(torch.exp, x)
-        _recipes.anchor(y)
+        anchored(y)
     assert len(_recipes._known.origins) + len(_recipes._known.anchors) <= 128
 
 

@@ -589,6 +589,64 @@ def test_a_bias_of_a_norm_that_is_changed_raises_too(x: Tensor) -> None:
         loss.backward()
 
 
+WEIGHT = nn.Parameter(torch.randn(64, 64))
+BRANCHES = {
+    "activation": F.silu,
+    "norm": lambda h: F.layer_norm(h, (64,)),
+    "run again": lambda h: F.rms_norm(h, (64,)),
+    "softmax": lambda h: torch.softmax(h, -1),
+    "product": lambda h: h * h,
+    "linear": lambda h: F.linear(h, WEIGHT),
+    "dropped": lambda h: F.linear(F.dropout(h, 0.1), WEIGHT),
+}
+
+
+@pytest.mark.parametrize("branch", BRANCHES)
+def test_what_a_dropped_branch_kept_may_be_changed(branch: str, x: Tensor) -> None:
+    def between(h: Tensor) -> Tensor:
+        BRANCHES[branch](h).mean().item()  # a statistic, say
+        return F.dropout(h, 0.1)
+
+    class Model(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            y = self.b(self.between(h))
+            return y + h.add_(1.0)
+
+    model = Model(between)
+    loss, stock, held = step(model, x)
+    for _ in range(4):
+        found, mine, held_by_us = step(model, x, exact())
+        assert torch.equal(found, loss)
+        assert same(mine, stock)
+        assert held_by_us <= held
+
+
+ones = functools.partial(torch.ones, requires_grad=True)
+OPERANDS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor], bool]] = {
+    "product": ((4, 64, 64), lambda h: h @ ones(64, 8), True),
+    "product by batch": ((4, 64, 64), lambda h: h @ ones(4, 64, 8), True),
+    "broadcast product": ((2, 1, 8, 64), lambda h: h @ ones(1, 3, 64, 8), False),
+    "folded product": ((4, 64, 64), lambda h: ones(8, 64) @ h, False),
+    "convolution": ((1, 4, 64), lambda h: F.conv1d(h, ones(4, 4, 4), padding=1), True),
+    "padded convolution": ((1, 4, 64), lambda h: F.conv1d(h, ones(4, 4, 4), padding="same"), False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("kind", OPERANDS)
+def test_an_operand_of_which_a_copy_is_kept_is_not_relied_upon(kind: str) -> None:
+    shape, consumer, itself = OPERANDS[kind]
+    with exact() as memory:
+        h = torch.randn(shape) @ ones(64, 64)
+        y = consumer(h)
+        z = F.linear(F.dropout(h, 0.1), WEIGHT)
+    assert ("linear" in [row.activation for row in memory.report().rows]) == itself
+    held = held_for_backward(y + 0, tables=False).keys()
+    assert (h.untyped_storage()._cdata in held) == itself
+    assert z.requires_grad
+
+
 def test_a_recomputed_tensor_that_is_changed_before_its_consumer_is_saved_as_it_is(x: Tensor) -> None:
     model = Chain(lambda h: F.gelu(h).mul_(2.0))
     assert bit_equal(step(model, x, exact()), step(model, x))
