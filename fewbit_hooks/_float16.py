@@ -9,7 +9,9 @@ and float16 inputs such a table is exact whatever the boundaries are. A float32 
 with thresholds, but only certain thresholds can be had: the *cuts*, float32 numbers where rounding moves from one
 float16 value to the next. Their relative spacing is 2**-11 to 2**-10, so moving a boundary to the nearest cut costs
 nothing that can be measured, *except* on a jump of the derivative, where every element of the sliver between jump and
-cut gets a level that is wrong by half the jump: there the scale puts a cut on the jump itself.
+cut gets a level that is wrong by half the jump: there the scale puts a cut on the jump itself, or on the float32 number
+below it, if the jump has the derivative of what lies on its right. (A number halfway between two float16 values is
+rounded to the even one, so that one scale cannot take 3 and -3 both to the left.)
 
 So a codebook's boundaries are cuts from the start, and what it publishes is what every encoder applies.
 """
@@ -53,19 +55,25 @@ def cuts_around(boundaries: ArrayLike, scale: float, reach: int) -> NDArray[np.f
     return _cut_above(np.stack(neighbours), np.float32(scale))
 
 
-def scale_for_jump(jump: float) -> float:
-    """The scale, next to 1, with which a cut lies on `jump`, to one float32 number or two.
+def scale_for_cut(cut: float) -> float:
+    """The scale, next to 1, with which a float32 number is a cut; 1 where none was found.
 
-    >>> float(snap([3.0], scale_for_jump(3.0))[0]), float(snap([3.0])[0])
-    (3.0, 3.0009765625)
+    >>> three, below = 3.0, float(np.nextafter(np.float32(3.0), np.float32(0.0)))
+    >>> float(snap([three])[0]), [float(snap([cut], scale_for_cut(cut))[0]) == cut for cut in (three, below)]
+    (3.0009765625, [True, True])
     """
-    below = np.abs(np.float16(jump))
-    if not 0 < below < FLOAT16_MAX / 2:
+    near = np.abs(np.float16(cut))
+    if not 0 < near < FLOAT16_MAX / 2:
         return 1.0
-    if below.view(np.uint16) & 1:  # ties go to even: from an odd value the tie itself would move up
-        below = np.nextafter(below, np.float16(0))
-    tie = (np.float64(below) + np.float64(np.nextafter(below, np.float16(np.inf)))) / 2
-    return float(np.float32(tie / abs(jump)))
+    for steps in (0, -1, 1, -2, 2):
+        h = near + steps * np.spacing(near)
+        tie = (np.float64(h) + np.float64(np.nextafter(h, np.float16(np.inf)))) / 2
+        scale = np.float32(tie / abs(cut))
+        for towards in (scale, 0, np.inf):
+            tried = float(np.nextafter(scale, np.float32(towards)))
+            if snap([cut], tried)[0] == cut:
+                return tried
+    return 1.0
 
 
 def find_scale(boundaries: ArrayLike) -> float | None:
@@ -77,14 +85,11 @@ def find_scale(boundaries: ArrayLike) -> float | None:
     boundaries = np.asarray(boundaries, np.float64)
     if not np.all(np.abs(boundaries) < FLOAT16_MAX / 2):
         return None
-    singles = boundaries.astype(np.float32)
-    if not np.array_equal(singles, boundaries):
+    if not np.array_equal(boundaries.astype(np.float32), boundaries):
         return None
-    tries = {1.0}
-    for towards in (-np.inf, np.inf):  # the cut may lie one float32 beside the jump that it was made for
-        tries |= {scale_for_jump(float(b)) for b in np.nextafter(singles, np.float32(towards))}
-    tries |= {scale_for_jump(float(b)) for b in singles}
-    for scale in sorted(tries, key=lambda s: abs(s - 1.0)):
+    if np.array_equal(snap(boundaries), boundaries):
+        return 1.0
+    for scale in {scale_for_cut(float(b)): None for b in boundaries}:
         if np.array_equal(snap(boundaries, scale), boundaries):
             return scale
     return None

@@ -17,7 +17,8 @@ A derivative f' is replaced by the function q of K = 2**bits constant pieces tha
    among the nearby nodes of a 32 times finer grid, by the same recursion, until the error falls no more.
 4. *Jumps.* They are nodes of both grids, so a boundary can lie on one exactly. A level that f' does not take anywhere
    (the mean over a jump) could not be decoded: such a piece gets the nearest value that f' does take, and the search
-   counts what that costs.
+   counts what that costs. The jump itself gets the level of the side whose derivative it has: to the error it is all
+   one, but inputs that were clipped there, or are numbers of 16 bits, are met more often than those beside it.
 5. *Floats.* Boundaries end on numbers that every encoder can apply exactly (NOTE [ Sixteen bits decide the code ]):
    on the cheapest of them near the optimum, again by the same recursion. Where f' is a straight line, as that of
    hardswish, the nearest one is a matter of the last bit, and so of the machine.
@@ -34,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ._errors import FewbitTypeError, FewbitValueError
-from ._float16 import FLOAT16_MAX, cuts_around, scale_for_jump, snap
+from ._float16 import FLOAT16_MAX, cuts_around, scale_for_cut, snap
 
 Array: TypeAlias = NDArray[np.float64]
 Indices: TypeAlias = NDArray[np.intp]
@@ -113,9 +114,11 @@ def optimal_quantizer(
     problem = _Problem(derivative, weight, check_interval(interval), folded, jumps, edges)
     optimum = problem.nodes[problem.refine(problem.search(pieces))]
 
-    rounded = problem.fit(problem.with_zero_on_its_side(_single(optimum), -TINY, 0.0))
-    on_cuts = (problem.fit(problem.choose(*snapped)) for snapped in _snapped(optimum, problem.jumps))
-    snapped = min(on_cuts, key=lambda fit: fit.error, default=rounded)
+    rounded = problem.fit(problem.with_jumps_on_their_sides(_single(optimum)))
+    on_cuts = problem.snapped(optimum)
+    if on_cuts is None:
+        return rounded
+    snapped = problem.fit(problem.choose(*on_cuts))
     return snapped if snapped.error <= (1 + SNAP_MAY_COST) * rounded.error else rounded
 
 
@@ -237,17 +240,46 @@ class _Problem:
         return self.with_zero_on_its_side(boundaries, *cuts_around(0.0, scale, 1)[:2])
 
     def with_zero_on_its_side(self, boundaries: Array, below: float, above: float) -> Array:
-        """A boundary at a jump at 0 so that 0 is on the side whose derivative it has: to the error it is all one, but 0
-        itself is met more often than any number beside it.
+        """A boundary at a jump at 0 so that 0 is on the side whose derivative it has.
 
         Args:
             below, above: the boundaries next to 0 that there can be; that above may be 0.
         """
         if not np.isin(0.0, self.jumps):
             return boundaries
-        left, at, right = self.derivative(np.array([-TINY, 0.0, TINY]))
-        wrong, own = (below, above) if abs(at - left) < abs(at - right) else (above, below)
+        wrong, own = (below, above) if self._is_left(-TINY, 0.0, TINY) else (above, below)
         return boundaries if own in boundaries else np.where(boundaries == wrong, own, boundaries)
+
+    def with_jumps_on_their_sides(self, boundaries: Array) -> Array:
+        """The same at all jumps, of boundaries that are any float32 numbers."""
+        for jump, last in self._last_on_the_left():
+            boundaries = np.where(boundaries == jump, last, boundaries)
+        return self.with_zero_on_its_side(boundaries, -TINY, 0.0)
+
+    def snapped(self, boundaries: Array) -> tuple[Array, float] | None:
+        """The boundaries on float16 cuts, and the scale with which most jumps are on their sides; None where that
+        cannot be."""
+        if np.abs(boundaries).max() >= FLOAT16_MAX / 2:
+            return None
+        single = boundaries.astype(np.float32)
+        cuts = np.array([last for jump, last in self._last_on_the_left() if jump in single])
+        scales = [scale_for_cut(cut) for cut in cuts.tolist()]
+        scale = max(scales, key=lambda scale: np.count_nonzero(snap(cuts, scale) == cuts), default=1.0)
+        snapped = snap(boundaries, scale)
+        return (snapped, scale) if np.all(np.diff(snapped) > 0) else None
+
+    def _last_on_the_left(self) -> list[tuple[float, float]]:
+        """Of each jump but one at 0, as a float32 number: it, and the last such number on its left, which may be it."""
+        found = []
+        for jump in self.jumps[self.jumps != 0].astype(np.float32):
+            below, above = (float(np.nextafter(jump, np.float32(towards))) for towards in (-np.inf, np.inf))
+            found.append((float(jump), float(jump) if self._is_left(below, float(jump), above) else below))
+        return found
+
+    def _is_left(self, below: float, jump: float, above: float) -> bool:
+        """Whether the derivative at the jump is that on its left."""
+        left, at, right = self.derivative(np.array([below, jump, above]))
+        return bool(abs(at - left) < abs(at - right))
 
     def _cheapest(self, stops: Indices, integrals: Array) -> tuple[float, Indices]:
         """The cheapest boundaries, each among its row of nodes: the cost, and which of its row each is."""
@@ -290,15 +322,6 @@ def _prefix_integrals(f: Array, mass: Array) -> Array:
     """The integrals of w, w f' and w f'^2 up to each node."""
     cells = np.stack([mass, mass * f, mass * f * f]).sum(axis=2)
     return np.pad(cells.cumsum(axis=1), ((0, 0), (1, 0)))
-
-
-def _snapped(boundaries: Array, jumps: Array) -> list[tuple[Array, float]]:
-    """The boundaries on float16 cuts, with the scale, for every scale worth trying; none where that cannot be."""
-    if np.abs(boundaries).max() >= FLOAT16_MAX / 2:
-        return []
-    scales = {scale_for_jump(float(jump)) for jump in boundaries[np.isin(boundaries, jumps)] if jump != 0} or {1.0}
-    snapped = [(snap(boundaries, scale), scale) for scale in sorted(scales)]
-    return [candidate for candidate in snapped if np.all(np.diff(candidate[0]) > 0)]
 
 
 def _single(boundaries: Array) -> Array:

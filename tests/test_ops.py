@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fewbit_hooks import ops
-from fewbit_hooks._float16 import scale_for_jump, snap
+from fewbit_hooks._float16 import scale_for_cut, snap
 from fewbit_hooks.ops import _dispatch, _layout
 
 from .conftest import torch_threads
@@ -117,7 +117,7 @@ def test_all_sixteen_bit_values_get_the_right_code(dtype: torch.dtype, boundarie
 
 @pytest.mark.parametrize(
     "boundaries",
-    [snap([-3.0, -1.96, -0.98, 0.0, 0.98, 1.96, 3.0], scale_for_jump(3.0)), [0.1, 0.2], [1e5], [1e-9]],
+    [snap([-3.0, -1.96, -0.98, 0.0, 0.98, 1.96, 3.0], scale_for_cut(3.0)), [0.1, 0.2], [1e5], [1e-9]],
     ids=["jump", "no cuts", "too large", "too small"],
 )
 def test_float32_is_exact_on_a_jump_and_where_no_table_can_be(boundaries: np.ndarray[Any, Any]) -> None:

@@ -165,6 +165,43 @@ def test_zero_has_the_level_of_the_side_whose_derivative_it_has(bits, below, slo
     assert levels[1] == levels[0 if below(np.float64(0)) else 2]
 
 
+SIDES = {
+    "outside": (lambda x: x <= -3, lambda x: x < 3),  # as hardswish has it
+    "inside": (lambda x: x < -3, lambda x: x <= 3),
+    "left": (lambda x: x <= -3, lambda x: x <= 3),
+}
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("sides", SIDES)
+def test_a_jump_has_the_level_of_the_side_whose_derivative_it_has(bits, sides):
+    low, high = SIDES[sides]
+
+    def derivative(x):
+        return np.where(low(x), 0.0, np.where(high(x), x / 3 + 0.5, 1.0))
+
+    best = optimal_quantizer(derivative, bits, weight=flat, interval=(-10, 10), jumps=(-3, 3))
+    at = np.float32([-3, 3])
+    below, above = np.nextafter(at, np.float32(-np.inf)), np.nextafter(at, np.float32(np.inf))
+    level = {float(x): best.levels[np.searchsorted(best.boundaries, x)] for x in [*below, *at, *above]}
+    own = np.where([low(-3.0), high(3.0)], below, above)
+    wrong = sum(level[float(x)] != level[float(side)] for x, side in zip(at, own, strict=True))
+    assert wrong == (sides == "left")  # halves go to even numbers: on both sides of 0 to the inside, or the outside
+    assert find_scale(best.boundaries) is not None
+
+
+@pytest.mark.parametrize("right", [False, True])
+@pytest.mark.parametrize("jump", [0.1, -0.7, 1.3, -5.0])
+def test_a_jump_anywhere_has_the_level_of_its_side(jump, right):
+    single = np.float64(np.float32(jump))
+
+    def derivative(x):
+        return np.where((x >= single) if right else (x > single), 1.0, 0.0) + np.tanh(x) / 9
+
+    best = optimal_quantizer(derivative, 3, weight=flat, interval=(-10, 10), jumps=(jump,))
+    assert best.levels[np.searchsorted(best.boundaries, single)] == pytest.approx(derivative(single), abs=0.1)
+
+
 def test_a_jump_that_is_not_named_costs_more_than_one_that_is():
     named = optimal_quantizer(hardswish_slope, 4, weight=flat, interval=(-10, 10), jumps=(-3, 3))
     unnamed = optimal_quantizer(hardswish_slope, 4, weight=flat, interval=(-10, 10))

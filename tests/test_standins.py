@@ -141,6 +141,18 @@ def test_infinities_and_huge_inputs_take_the_outermost_levels(
     assert (gradient(call, x, 3).double() - expected).abs().max() <= tolerance(dtype, book.levels)
 
 
+@each_dtype
+@pytest.mark.parametrize("engine", ["hooks", "fused"])
+@pytest.mark.parametrize("bits", [3, 5, 8])
+def test_inputs_on_the_jumps_of_hardswish_have_the_gradient_of_their_side(
+    bits: int, engine: str, dtype: torch.dtype
+) -> None:
+    x = torch.tensor([-3.0, 3.0] * 20, dtype=dtype, requires_grad=True)
+    with fewbit.scope(bits, min_bytes=0, engine=engine):
+        (grad,) = torch.autograd.grad(F.hardswish(x * 1).sum(), x)
+    torch.testing.assert_close(grad, stock(F.hardswish, x.detach()), rtol=0, atol=1e-6)
+
+
 def test_saved_by_gives_copies_of_what_a_call_saves() -> None:
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)
     (saved,) = _standins.saved_by(torch.sigmoid, x)
