@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
 import time
 from collections.abc import Callable
@@ -81,9 +82,17 @@ def whole(t: Tensor) -> Tensor:
 
 
 def train(
-    model: nn.Module, around: Any, data: Callable[[int], Tensor], accumulate: Callable[[], Any] | None = None
+    model: nn.Module,
+    around: Any,
+    data: Callable[[int], Tensor],
+    accumulate: Callable[[], Any] | None = None,
+    gathered: Callable[[], Any] = contextlib.nullcontext,
 ) -> dict[str, Any]:
-    """Some steps of gradient descent: the losses, the last gradients, the bytes held in the last step."""
+    """Some steps of gradient descent: the losses, the last gradients, the bytes held in the last step.
+
+    Args:
+        gathered: in it, gradients are whole.
+    """
     losses = []
     for step in range(STEPS):
         model.zero_grad()
@@ -99,7 +108,8 @@ def train(
             for p in model.parameters():
                 if p.grad is not None:
                     p -= 0.1 * p.grad
-    gradients = {n: whole(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
+    with gathered():
+        gradients = {n: whole(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
     return {"losses": losses, "gradients": gradients, "held": sum(held.values())}
 
 
@@ -149,6 +159,19 @@ def fsdp_parts(name: str) -> dict[str, Any]:
 
 def fsdp_checkpoint(name: str) -> dict[str, Any]:
     return fsdp(name, checkpointed=True)
+
+
+def fsdp1(name: str) -> dict[str, Any]:
+    """The first FSDP, of flat parameters, block by block."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    policy, cpu = ModuleWrapPolicy({Block}), torch.device("cpu")
+    model = FullyShardedDataParallel(net(), auto_wrap_policy=policy, use_orig_params=True, device_id=cpu)
+    gathered = functools.partial(FullyShardedDataParallel.summon_full_params, model, with_grads=True)
+    found = train(model, scope(name), mine, gathered=gathered)
+    found["gradients"] = {n.replace("_fsdp_wrapped_module.", ""): g for n, g in found["gradients"].items()}
+    return found
 
 
 def tensor_parallel(name: str, *, local: bool = True) -> dict[str, Any]:
@@ -216,6 +239,7 @@ CASES: dict[str, Callable[[str], dict[str, Any]]] = {
         fsdp,
         fsdp_parts,
         fsdp_checkpoint,
+        fsdp1,
         tensor_parallel,
         tensor_parallel_dtensor,
         pipeline,
