@@ -35,7 +35,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -58,6 +58,7 @@ SELECTED = 4
 # under names of ours: `plainly` must name no module of torch
 callback: Callable[[], Any] = torch._C._dynamo.eval_frame.get_eval_frame_callback
 _set_callback: Callable[[Any], Any] = torch._C._dynamo.eval_frame.set_eval_frame
+Handler = TypeVar("Handler", bound=Callable[..., Any])
 Constants = tuple[int, tuple[float, ...], tuple[float, ...], bool]
 """Bits, boundaries, levels, folded."""
 
@@ -94,6 +95,18 @@ def plainly(call: functools.partial[Any]) -> Any:
         return call()
     finally:
         _set_callback(compiles)
+
+
+def never_by_itself(function: Handler) -> Handler:
+    """A decorator: Dynamo traces a function where it is called in what it traces, and not where Python calls it.
+
+    A mode's handler is given the getters of a tensor's attributes, `Tensor.dtype.__get__`, made anew for each call.
+    Dynamo guards them by their address: compiled by itself, the handler returned the dtype for the device.
+    """
+    frames: Any = torch._C._dynamo.eval_frame
+    as_it_is = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+    frames.set_code_exec_strategy(function.__code__, as_it_is)
+    return function
 
 
 def is_exporting() -> bool:

@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import _built_in, _consumers, _graph, _stack
 from ._calls import BACKWARD, RECOGNISED
+from ._compiled import never_by_itself
 from ._composites import Composite
 from ._hooked import innermost_hooks
 from ._hooks import Kept, unpack
@@ -126,6 +127,7 @@ class Recorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             return {key for t in tensors if (key := self._key(t))}
 
+    @never_by_itself
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -299,6 +299,7 @@ class _Mode(TorchFunctionMode):
 
     entry: _stack.Entry | None = None
 
+    @_compiled.never_by_itself
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

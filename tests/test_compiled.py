@@ -17,6 +17,8 @@ from torch.autograd import forward_ad
 import fewbit_hooks as fewbit
 from fewbit_hooks import _compiled, ops
 
+from .conftest import quiet
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # Dynamo's and inductor's own
     pytest.mark.usefixtures("registered_for_one_test_only"),
@@ -494,3 +496,36 @@ def test_bits_may_be_numpys_in_a_mapping() -> None:
         y = torch.compile(F.gelu, backend="aot_eager", fullgraph=True)(x)
     (grad,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(grad, fewbit.codebook("gelu", 3).derivative(x.detach()))
+
+
+@torch.compiler.disable(recursive=False)
+def attributes(t: Tensor) -> tuple[Any, ...]:
+    """Where Dynamo leaves code to Python, functions that it calls may still be compiled, a mode's among them."""
+    return t.dtype, t.device, t.shape, t.requires_grad, t.is_leaf, t.ndim, t.device, t.dtype
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"exact": True}, {"recompute": True}, {"exact": True, "recompute": True}, {"bits": None}], ids=str
+)
+def test_where_dynamo_leaves_code_to_python_each_attribute_is_what_it_is(settings: dict[str, Any]) -> None:
+    compiled = torch.compile(lambda t: attributes(t), backend="eager")
+    with quiet(**settings):
+        found = [compiled(nn.Parameter(torch.zeros(3, 4))) for _ in range(4)]
+    assert (
+        found == [(torch.float32, torch.device("cpu"), (3, 4), True, True, 2, torch.device("cpu"), torch.float32)] * 4
+    )
+
+
+def test_a_profile_reads_each_attribute_where_dynamo_leaves_code_to_python() -> None:
+    found: list[Any] = []
+
+    def step() -> Tensor:
+        w = nn.Parameter(torch.zeros(3, 4))
+        found.append(compiled(w))
+        return w.sum()
+
+    compiled = torch.compile(lambda t: attributes(t), backend="eager")
+    fewbit.profile(step)
+    assert set(found) == {
+        (torch.float32, torch.device("cpu"), (3, 4), True, True, 2, torch.device("cpu"), torch.float32)
+    }
