@@ -275,6 +275,7 @@ class Origin:
             if self._site is not None:
                 site, step = self._site
                 site.asked_for(step, given=None not in parts)
+                self._site = None  # a call is asked for once
             if None in parts:
                 return None
             recipe = Recipe(self._run, [p for p in parts if p is not None], self._autocast, self._geometry)

@@ -70,6 +70,21 @@ FROM_OUTPUT = Verdict.OUTPUT, Verdict.COPY
 """Where the derivative is had from the output."""
 
 
+@dataclass(slots=True)
+class Calls:
+    """The calls that came from a place in one step.
+
+    Attributes:
+        made: how many there were.
+        missed, served: of so many the input was asked for in vain, or given.
+    """
+
+    step: int = -1
+    made: int = 0
+    missed: int = 0
+    served: int = 0
+
+
 class Site:
     """What is known of one place in one state.
 
@@ -81,17 +96,16 @@ class Site:
         output_stays: its output was seen to be kept although all that is known to keep it can compute it again.
 
     Something made of the output may be what is kept, the output with dropout say. Whether it could be computed again,
-    if only the input were kept, is told by those that would keep it (`asked_for`), and tried once (`serves`).
+    if only the input were kept, is told by those that would keep it (`asked_for`), and tried once (`serves`). All calls
+    of a step must be asked for, as all are to keep their inputs then.
     """
 
     __slots__ = (
         "_agreed",
         "_alone",
-        "_asked",
         "_before",
         "_found",
         "_now",
-        "_served",
         "_step",
         "_tried",
         "model",
@@ -110,13 +124,14 @@ class Site:
         """As if no call had come from here."""
         self.output_changes = False
         self._alone = 0
-        self._before = self._now = -1  # the last two steps in which one did
+        self._before, self._now = Calls(), Calls()  # of the last two steps in which there were any
         self.forget()
 
     def visit(self, step: int) -> None:
         """A call comes from here; what was seen long ago is forgotten."""
-        if step != self._now:
-            self._before, self._now = self._now, step
+        if step != self._now.step:
+            self._before, self._now = self._now, Calls(step)
+        self._now.made += 1
         if self._agreed > 0 and step - self._step > LOOK_AGAIN:
             self.forget()
 
@@ -124,8 +139,10 @@ class Site:
         """Unknown again."""
         self.verdict = self._found = Verdict.UNKNOWN
         self._agreed = self._step = 0
-        self.output_stays = self._tried = False
-        self._asked = self._served = -2  # the last steps in which it was
+        self.output_stays = False
+        self._tried = -1  # the step in which it was
+        for calls in (self._before, self._now):
+            calls.missed = calls.served = 0
 
     def distrust_output(self) -> None:
         """The output, or the copy, was changed in place, or may be unseen: never rely upon it."""
@@ -139,19 +156,21 @@ class Site:
         self.forget()
 
     def asked_for(self, step: int, *, given: bool) -> None:
-        """Somebody would compute again what was made of the output; he was, or was not, given the input."""
-        if given:
-            self._served = step
-        else:
-            self._asked = step
+        """Somebody would compute again what was made of a call's output; he was, or was not, given the input."""
+        if step == self._now.step:
+            if given:
+                self._now.served += 1
+            else:
+                self._now.missed += 1
 
     def serves(self) -> bool:
-        """Whether the input is to be kept for those who asked in the step before."""
-        if self._served >= self._before:
+        """Whether the inputs are to be kept for those who asked in the step before."""
+        before, now = self._before, self._now.step
+        if self._tried == now or (before.served and before.served >= before.made):
             return True
-        if self._tried or self._asked < self._before:
+        if self._tried >= 0 or not before.missed or before.missed + before.served < before.made:
             return False
-        self._tried = True
+        self._tried = now
         return True
 
     @property

@@ -519,6 +519,25 @@ def test_query_key_and_value_recompute_their_input_once(x: Tensor, monkeypatch: 
     assert recipe._result is None  # and nothing is held afterwards
 
 
+@pytest.mark.parametrize("asking", [(0,), (3,), (0, 1), (0, 1, 2, 3)], ids=str)
+def test_a_place_keeps_its_inputs_only_if_each_of_its_calls_is_asked_for(asking: tuple[int, ...]) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+            self.act, self.head = nn.GELU(), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            dropped = [F.dropout(self.act(layer(x)), 0.1) for layer in self.layers]
+            return sum(self.head(h) if i in asking else h for i, h in enumerate(dropped))
+
+    model, x = Model(), torch.randn(256, 64)
+    opened = {name: fewbit.scope(3, recompute=name == "recompute", min_bytes=0) for name in ("plain", "recompute")}
+    held = {name: [step(model, x, scope)[2] for _ in range(6)] for name, scope in opened.items()}
+    assert max(held["recompute"]) <= max(held["plain"])
+    assert (held["recompute"][-1] < held["plain"][-1]) == (len(asking) == 4)
+
+
 # traps
 
 
