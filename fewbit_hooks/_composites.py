@@ -95,6 +95,8 @@ class Facts:
 
 _lock = threading.RLock()
 _facts: weakref.WeakKeyDictionary[nn.Module, dict[Any, Facts]] = weakref.WeakKeyDictionary()
+_alike: dict[Any, Facts] = {}
+"""The same of instances that hold nothing that could be told apart: some models make one for each call."""
 STATES = 32
 """Of so many states of an instance it is known at once what it computes."""
 _native: dict[int, tuple[int, ...]] = {}
@@ -370,9 +372,17 @@ def look_at(composite: Composite, module: nn.Module, x: Tensor) -> Facts:
     """Ask an instance, once for each dtype and state, what it computes and saves."""
     facts = _known(module, x)
     if facts is None:
-        with ops.unseen():
-            reason = _reason_to_leave(composite, module, x)
-            facts = Facts(reason, Saves(0.0, True)) if reason else _find_out(composite, module, x)
+        content = _content(module)
+        alike = (composite, type(module), content, _state(module, x)) if content is not None else None
+        facts = _alike.get(alike)
+        if facts is None:
+            with ops.unseen():
+                reason = _reason_to_leave(composite, module, x)
+                facts = Facts(reason, Saves(0.0, True)) if reason else _find_out(composite, module, x)
+            if alike is not None:
+                if len(_alike) >= _policy.MAX_PLANS:
+                    _alike.clear()
+                _alike[alike] = facts
         known = _facts.setdefault(module, {})
         if len(known) >= STATES:  # a number that changes from call to call
             known.clear()
@@ -383,6 +393,20 @@ def look_at(composite: Composite, module: nn.Module, x: Tensor) -> Facts:
 def _known(module: nn.Module, x: Tensor) -> Facts | None:
     known = _facts.get(module)
     return known.get(_state(module, x)) if known is not None else None
+
+
+def _content(module: nn.Module) -> tuple[tuple[str, Any], ...] | None:
+    """What an instance that is alike others of its class holds: numbers, strings and functions; None if there is
+    more."""
+    content = [item for item in module.__dict__.items() if item[1] is not None and not _is_empty(item[1])]
+    return tuple(content) if all(type(value) in _TOLD for _, value in content) else None
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, (dict, set)) and not value
+
+
+_TOLD = frozenset({bool, int, float, str, types.FunctionType, types.BuiltinFunctionType})
 
 
 def _state(module: nn.Module, x: Tensor) -> Any:

@@ -16,6 +16,10 @@ came (one ReLU module may serve at three places).
    gradient (a frozen layer keeps no input). Steps that alternate between states, a GAN's say, each have sites of their
    own. Every `LOOK_AGAIN` steps a site is unknown again.
 
+A module that is made anew in each forward (`ACT2FN["silu"](x)`, as some models of transformers have it) is none that
+could be known: its place is that of the module around it, and the line there, from the second time on that one of its
+class comes from there and the one before is gone.
+
 Only sites inside a module are learned: a bare call with a variable that still holds its input says nothing about the
 next one.
 """
@@ -32,7 +36,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -402,13 +406,13 @@ class _Place:
         trainable: which of the model's parameters require a gradient; weak, for it holds them.
     """
 
-    __slots__ = ("_code", "_sites", "model", "module", "trainable")
+    __slots__ = ("_codes", "_sites", "model", "module", "trainable")
 
-    def __init__(self, module: nn.Module, code: CodeType | None) -> None:
+    def __init__(self, module: nn.Module, *codes: CodeType | None) -> None:
         self.module: ModuleRef = weakref.ref(module)
         self.model: ModuleRef = weakref.ref(model_of(module))
         self.trainable: weakref.ref[Trainable] | None = None
-        self._code = code  # kept, so that its address, part of the key, is not used again
+        self._codes = codes  # kept, so that their addresses, part of the key, are not used again
         self._sites: dict[tuple[bool, int], Site] = {}
 
     def site(self, training: bool, flags: int) -> Site:
@@ -427,7 +431,8 @@ class Sites:
     """The sites of one scope."""
 
     def __init__(self) -> None:
-        self._places: dict[tuple[int, int, int, str], _Place] = {}
+        self._places: dict[tuple[Any, ...], _Place] = {}
+        self._latest: dict[tuple[Any, ...], ModuleRef] = {}  # the module that last came anew from a line of another
         self._purge_at = 1024
         self._models: weakref.WeakKeyDictionary[nn.Module, Trainable] = weakref.WeakKeyDictionary()
 
@@ -454,14 +459,33 @@ class Sites:
         key = id(module), id(where), instruction, activation
         found = self._places.get(key)
         if found is None or found.module() is not module:
-            found = self._places[key] = _Place(module, where)
-            self._purge()
+            found = self._place_of_its_maker(module, where, instruction, activation)
+            if found is None:
+                found = self._places[key] = _Place(module, where)
+                self._purge()
         trainable = found.trainable() if found.trainable is not None else None
         if trainable is None or trainable.looked != step:
             trainable = self._look_at(found, module, step)
         site = found.site(module.training, trainable.state)
         site.visit(step)
         return site
+
+    def _place_of_its_maker(
+        self, module: nn.Module, where: CodeType | None, instruction: int, activation: str
+    ) -> _Place | None:
+        """The place of a module that was made for this call; None where it may be there again."""
+        around, line = _line_around(module)
+        if around is None or line is None:
+            return None
+        key = id(around), id(line[0]), line[1], type(module), id(where), instruction, activation
+        before, self._latest[key] = self._latest.get(key), weakref.ref(module)
+        if before is None or before() is not None:
+            return None
+        found = self._places.get(key)
+        if found is None or found.module() is not around:
+            found = self._places[key] = _Place(around, where, line[0])
+            self._purge()
+        return found
 
     def _look_at(self, place: _Place, module: nn.Module, step: int) -> Trainable:
         """See which model the place belongs to, and what of that is trained."""
@@ -481,7 +505,28 @@ class Sites:
         """Drop the sites of modules that are gone."""
         if len(self._places) >= self._purge_at:
             self._places = {key: place for key, place in list(self._places.items()) if place.module() is not None}
+            self._latest = {
+                key: ref for key, ref in list(self._latest.items()) if ref() is not None or key in self._places
+            }
             self._purge_at = max(1024, 2 * len(self._places))
+
+
+def _line_around(module: nn.Module) -> tuple[nn.Module | None, tuple[CodeType, int] | None]:
+    """The module around a module that runs, and the place in its code where that is called; None where there is
+    none."""
+    inside, line = False, None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code is CALL_IMPL:
+            found = frame.f_locals["self"]
+            if line is not None:
+                return found, line
+            inside |= found is module
+        elif inside and not code.co_filename.startswith(_NOT_THE_USERS):
+            line = line or (code, frame.f_lasti)
+        frame = frame.f_back
+    return None, None
 
 
 def look(watches: list[Watch], running: Collection[nn.Module], step: int, *, late: bool = False) -> list[Watch]:

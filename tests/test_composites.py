@@ -668,6 +668,23 @@ def test_an_instance_that_was_one_node_is_asked_again_when_it_changes(min_bytes:
         assert treatment(module(x * 1.0)) == "codes"
 
 
+@pytest.mark.parametrize("name", ["NewGELUActivation", "QuickGELUActivation", "GELUActivation"])
+def test_instances_that_are_alike_are_asked_once(name: str, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[nn.Module] = []
+    find_out = _composites._find_out
+    monkeypatch.setattr(_composites, "_find_out", lambda c, module, t: asked.append(module) or find_out(c, module, t))
+    monkeypatch.setattr(_composites, "_alike", {})
+    for _ in range(3):
+        with opened(bits=3):
+            getattr(activations, name)()(x * 1.0)
+    assert len(asked) == 1
+    module = fewbit.register_module(Sharp, "silu")()
+    for module.beta in (1.0, 4.0):  # a number tells them apart
+        with quiet(bits=3, min_bytes=0) as memory:
+            module(x)
+    assert [row.bits for row in memory.report().rows] == [None]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

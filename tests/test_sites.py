@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ import fewbit_hooks as fewbit
 from fewbit_hooks import _sites
 from fewbit_hooks._ledger import HELD
 
-from .conftest import held_for_backward
+from .conftest import held_for_backward, quiet
 
 N = 64 * 64
 
@@ -586,3 +587,46 @@ def test_giving_away_the_memory_of_an_odd_tensor_does_what_it_did(kind: str, way
     opened._warned = True
     with opened:
         assert give() is expected
+
+
+class Made(nn.Module):
+    """An activation that is made anew in each forward, or is there."""
+
+    def __init__(self, kind: Callable[[], nn.Module], anew: bool) -> None:
+        super().__init__()
+        self.kind, self.anew = kind, anew
+        self.a, self.act, self.b = nn.Linear(16, 64), kind(), nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b((self.kind() if self.anew else self.act)(self.a(x)))
+
+
+class Own(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.mish(x)
+
+
+@pytest.mark.parametrize("settings", [{}, {"exact": True}, {"recompute": True}], ids=str)
+@pytest.mark.parametrize(
+    "kind", [nn.ReLU, nn.SiLU, Own, lambda: nn.Sequential(nn.SiLU())], ids=["relu", "silu", "own", "in a container"]
+)
+def test_an_activation_that_is_made_anew_in_each_forward_is_learned(
+    kind: Callable[[], nn.Module], settings: dict[str, Any]
+) -> None:
+    held = {}
+    for anew in (False, True):
+        torch.manual_seed(0)
+        model, x, opened = nn.Sequential(Made(kind, anew), Made(kind, anew)), torch.randn(32, 16), quiet(**settings)
+        for _ in range(6):
+            with opened:
+                y = model(x)
+            held[anew] = sum(held_for_backward(y, [*model.parameters(), x], tables=False).values())
+            y.sum().backward()
+        if anew:
+            places = len(opened._sites._places)
+            for _ in range(3):
+                with opened:
+                    model(x).sum().backward()
+            assert len(opened._sites._places) == places
+            assert {row.module for row in opened.report().rows if row.activation != "linear"} == {"0", "1"}
+    assert held[True] == held[False]
