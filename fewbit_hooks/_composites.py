@@ -26,7 +26,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -60,12 +60,21 @@ class Composite:
         forward: the class's own.
         call: of the activation that it computes; None: it is run again, exactly, under `recompute=True`.
         parameters: of the activation.
+        native: the instances that are a native node, by address, and the addresses of their attributes: (measured) in a
+            small model what is asked of `_facts` is a fortieth of a step.
     """
 
     name: str
     forward: Forward
     call: Call | None
     parameters: Mapping[str, Parameter]
+    native: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def note_native(self, module: nn.Module) -> None:
+        """An instance is one."""
+        if len(self.native) >= NATIVE:
+            self.native.clear()
+        self.native[id(module)] = tuple(map(id, module.__dict__.values()))
 
 
 @dataclass(frozen=True)
@@ -99,11 +108,8 @@ _alike: dict[Any, Facts] = {}
 """The same of instances that hold nothing that could be told apart: some models make one for each call."""
 STATES = 32
 """Of so many states of an instance it is known at once what it computes."""
-_native: dict[int, tuple[int, ...]] = {}
-"""The instances of which 4. holds, by address, and the addresses of their attributes: in small models what is asked of
-`_facts` is a fortieth of a step."""
 NATIVE = 4096
-"""So many are remembered at once."""
+"""So many instances of a class are remembered to be a native node."""
 
 
 def register_module(
@@ -189,7 +195,7 @@ def _run_or_leave(composite: Composite) -> types.FunctionType:
     forward, run, run_compiled, plainly = composite.forward, _run, _compiled.run, _compiled.plainly
     thread, acting, coding = _stack.this_thread, _stack.acting, _stack.coding_here
     is_compiling, is_grad_enabled, partial = torch.compiler.is_compiling, torch.is_grad_enabled, functools.partial
-    native = _native
+    native = composite.native
     call = replace(composite.call, fixed=tuple(composite.parameters.items())) if composite.call is not None else None
     tensor = Tensor
 
@@ -250,9 +256,7 @@ def _run_in_scope(entry: _stack.Entry, composite: Composite, module: nn.Module, 
     if composite.call is not None:
         facts = _known(module, x)
         if facts is not None and not facts.reason and not facts.gains(composite, x):
-            if len(_native) >= NATIVE:
-                _native.clear()
-            _native[id(module)] = tuple(map(id, module.__dict__.values()))
+            composite.note_native(module)
             return run_it()  # a native node, which the mode sees
         return _run_activation(entry, composite, module, x, run_it, facts)
     settings, ledger = entry.scope._settings, entry.scope._ledger
@@ -396,17 +400,23 @@ def _known(module: nn.Module, x: Tensor) -> Facts | None:
 
 
 def _content(module: nn.Module) -> tuple[tuple[str, Any], ...] | None:
-    """What an instance that is alike others of its class holds: numbers, strings and functions; None if there is
+    """What an instance that may be alike others of its class holds: numbers, strings and functions; None if there is
     more."""
-    content = [item for item in module.__dict__.items() if item[1] is not None and not _is_empty(item[1])]
-    return tuple(content) if all(type(value) in _TOLD for _, value in content) else None
+    content = [item for item in module.__dict__.items() if not _is_nothing(item[1])]
+    return tuple(content) if all(_is_constant(value) for _, value in content) else None
 
 
-def _is_empty(value: Any) -> bool:
-    return isinstance(value, (dict, set)) and not value
+def _is_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, (dict, set)) and not value)
 
 
-_TOLD = frozenset({bool, int, float, str, types.FunctionType, types.BuiltinFunctionType})
+def _is_constant(value: Any) -> bool:
+    """Whether this is a number, a string, or a function that depends on nothing."""
+    if isinstance(value, types.BuiltinFunctionType):
+        return not isinstance(value.__self__, Tensor)
+    if isinstance(value, types.FunctionType):
+        return value.__closure__ is None
+    return type(value) in (bool, int, float, str)
 
 
 def _state(module: nn.Module, x: Tensor) -> Any:

@@ -662,10 +662,19 @@ def test_an_instance_that_was_one_node_is_asked_again_when_it_changes(min_bytes:
     module = fewbit.register_module(Switched, "silu")()
     with quiet(bits=3, min_bytes=min_bytes):
         assert {module(x * 1.0).grad_fn.name() for _ in range(3)} == {"SiluBackward0"}
-    assert id(module) in _composites._native
     module.primitives = True
     with opened(bits=3):
         assert treatment(module(x * 1.0)) == "codes"
+
+
+def test_an_instance_that_holds_more_than_constants_is_not_taken_for_another(x: Tensor) -> None:
+    module = Sharp()
+    for same in (2.0, "tanh", F.gelu, F.silu, torch.erf):
+        module.__dict__["act"] = same
+        assert ("act", same) in _composites._content(module)
+    for more in (x, x.mul, lambda t: t * x, module.forward, {"x": x}):
+        module.__dict__["act"] = more
+        assert _composites._content(module) is None
 
 
 @pytest.mark.parametrize("name", ["NewGELUActivation", "QuickGELUActivation", "GELUActivation"])
