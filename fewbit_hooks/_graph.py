@@ -12,6 +12,7 @@ def nodes(tensors: Iterable[Tensor], since: int = -1) -> Iterator[Any]:
     """The nodes that made the tensors and all that they were made of, each once, in an order that depends on the graph
     alone.
 
+    >>> import torch
     >>> w = torch.ones(2, requires_grad=True)
     >>> [node.name() for node in nodes([w.exp().sum()])]
     ['SumBackward0', 'ExpBackward0', 'torch::autograd::AccumulateGrad']

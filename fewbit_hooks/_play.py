@@ -321,6 +321,7 @@ class Step:
         found = [self._leaf(source, depth - 1) for source in origin.sources]
         if site is not None:
             site.asked_for(self._number, given=None not in found)
+            self._origins[ref.storage] = origin, None  # a call is asked for once
         return None if None in found else [leaf for leaves in found if leaves for leaf in leaves]
 
     def _leaf(self, source: Ref, depth: int) -> list[Ref] | None:

@@ -69,8 +69,8 @@ def predict(
     sites = {o.site for o in operations for o in (o, *o.parts) if o.site is not None}
     for site in sites:
         site.begin_anew()
-    # a module that the step makes, Mamba's activation say, is another one in the next step
-    passing = [site for site in sites if site.module() is None]
+    # a model that the step makes is another one in the next step; of a part that a model makes the scope learns there
+    passing = [site for site in sites if site.module() is None and site.model() is None]
     played = {o for operation in operations for o in (operation, *operation.parts)}
     strays = [tensor for tensor in saved if tensor.operation not in played]  # of calls that raised
     for number in range(STEPS):

@@ -535,7 +535,7 @@ class SkipConnection(nn.Module):
 
 
 class MakesItsActivation(nn.Module):
-    """Of a module that is another one at each step, a scope learns nothing."""
+    """Of a module that is another one at each step, a scope learns where it is made."""
 
     def __init__(self) -> None:
         super().__init__()
