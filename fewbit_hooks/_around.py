@@ -53,22 +53,27 @@ _pairs: weakref.WeakKeyDictionary[Any, Pair] = weakref.WeakKeyDictionary()
 _OWN = Pair(gives_back=True)
 
 
-def _pair(hooks: Hooks) -> Pair:
+def _pair(hooks: Hooks) -> Pair | None:
+    """What is known of these; None where nothing can be remembered."""
     function = getattr(hooks[0], "__func__", hooks[0])  # of a bound method
     if getattr(function, "__module__", "") in OWN:
         return _OWN
     code = getattr(function, "__code__", None)
-    return _pairs.setdefault(code, Pair()) if code is not None else Pair()
+    return _pairs.setdefault(code, Pair()) if code is not None else None
 
 
 def change_codes(hooks: Hooks | None) -> bool:
     """Whether the hooks were seen to give back other codes than they were given."""
-    return hooks is not None and _pair(hooks).gives_back is False
+    pair = _pair(hooks) if hooks is not None else None
+    return pair is not None and pair.gives_back is False
 
 
 def give_back_codes(hooks: Hooks | None) -> bool:
     """Whether they were seen to give them back as they were, or there are none."""
-    return hooks is None or _pair(hooks).gives_back is True
+    if hooks is None:
+        return True
+    pair = _pair(hooks)
+    return pair is not None and pair.gives_back is True
 
 
 class Receipt:
@@ -78,7 +83,7 @@ class Receipt:
 
     def __init__(self, codes: Tensor, hooks: Hooks) -> None:
         self._pair = _pair(hooks)
-        self._codes = None if self._pair.gives_back else codes
+        self._codes = None if give_back_codes(hooks) else codes
         self._shape = codes.shape
 
     def redeem(self, back: Tensor) -> Tensor:
@@ -93,7 +98,7 @@ class Receipt:
                     "let them pass integers as they are."
                 )
             return back
-        if not ops.capturing(mine.device):
+        if self._pair is not None and not ops.capturing(mine.device):
             with torch._C.DisableTorchFunction():
                 self._pair.see(alike and back.device == mine.device and torch.equal(back, mine))
         return mine

@@ -92,8 +92,7 @@ class Codebook:
         >>> fewbit.codebook("tanh", 1).derivative(torch.tensor([-3.0, 0.5]))
         tensor([0.0240, 0.7412])
 
-        Compared in float64 for float64 inputs, in float32 for all others. NaN gets the top code, as `torch.bucketize`
-        has it.
+        Compared exactly, whatever the dtype. NaN gets the top code, as `torch.bucketize` has it.
 
         Args:
             x: a floating-point tensor of any shape, dtype and device; or a number or array.
@@ -107,20 +106,19 @@ class Codebook:
         if isinstance(x, Tensor):
             if not x.is_floating_point():
                 raise FewbitTypeError(f"derivative takes a floating-point tensor, got {x.dtype}")
-            precision = torch.float64 if x.dtype == torch.float64 else torch.float32
+            precision = torch.float64 if x.dtype == torch.float64 else torch.float32  # not every device has float64
+            boundaries = self.boundaries if precision == torch.float64 else _rounded_down(self.boundaries)
             x_there = (x.abs() if self.folded else x).detach().to(precision)
-            codes = torch.bucketize(
-                x_there.contiguous(), torch.tensor(self.boundaries, dtype=precision, device=x.device)
-            )
+            codes = torch.bucketize(x_there.contiguous(), torch.tensor(boundaries, device=x.device))
             return torch.tensor(self.levels, dtype=x.dtype, device=x.device)[codes]
         array = np.asarray(x)
         if array.dtype.kind in "iu":
             array = array.astype(np.float64)
         if array.dtype.kind != "f":
             raise FewbitTypeError(f"derivative takes real numbers, got {array.dtype}")
-        single = np.float32 if array.itemsize <= 4 else np.float64
-        array_there = (np.abs(array) if self.folded else array).astype(single)
-        return self.levels.astype(array.dtype)[np.searchsorted(self.boundaries.astype(single), array_there)]
+        return self.levels.astype(array.dtype)[
+            np.searchsorted(self.boundaries, np.abs(array) if self.folded else array)
+        ]
 
     def to_json(self) -> str:
         """The codebook as text that a person can read and `from_json` takes back exactly."""
@@ -239,6 +237,12 @@ class Codebook:
         # a read-only mapping cannot be pickled, and arrays come back writable: build it anew
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return Codebook, tuple((values | {"parameters": dict(self.parameters)}).values())
+
+
+def _rounded_down(numbers: NDArray[np.float64]) -> NDArray[np.float32]:
+    """In float32: whether an input of that dtype is above one of them is what it is in float64."""
+    single = numbers.astype(np.float32)
+    return np.where(single > numbers, np.nextafter(single, np.float32(-np.inf)), single)
 
 
 def _is(kind: type, field: str, value: Any) -> Any:

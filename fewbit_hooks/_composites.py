@@ -375,6 +375,8 @@ class _Shell:
 def look_at(composite: Composite, module: nn.Module, x: Tensor) -> Facts:
     """Ask an instance, once for each dtype and state, what it computes and saves."""
     facts = _known(module, x)
+    if facts is None and ops.capturing(x.device):  # to ask, the host would wait for the device: another time
+        return Facts(_policy.CAPTURING, Saves(0.0, True))
     if facts is None:
         content = _content(module)
         alike = (composite, type(module), content, _state(module, x)) if content is not None else None
@@ -421,8 +423,15 @@ def _is_constant(value: Any) -> bool:
 
 def _state(module: nn.Module, x: Tensor) -> Any:
     trainable = tuple([p.requires_grad for p in module._parameters.values() if p is not None])
-    plain = tuple([item for item in module.__dict__.items() if type(item[1]) in (bool, int, float, str)])
-    return x.dtype, x.device, x.requires_grad, trainable, plain, Autocast.of(x.device.type)
+    content = tuple(
+        [
+            (name, value if type(value) in (bool, int, float, str) else id(value))
+            for name, value in module.__dict__.items()
+            if type(value) in (bool, int, float, str) or callable(value)
+        ]
+    )
+    buffers = tuple([(id(b), 0 if b.is_inference() else b._version) for b in module._buffers.values() if b is not None])
+    return x.dtype, x.device, x.requires_grad, trainable, content, buffers, Autocast.of(x.device.type)
 
 
 def _reason_to_leave(composite: Composite, module: nn.Module, x: Tensor) -> str:
@@ -446,14 +455,28 @@ def _reason_to_leave(composite: Composite, module: nn.Module, x: Tensor) -> str:
         return ""
     if any(p is not None for p in module._parameters.values()):
         return HAS_PARAMETERS
-    assert composite.call.activation is not None
-    with pristine(), torch.no_grad():
-        grid = torch.linspace(-8, 8, 65, dtype=torch.float64, device="cpu")
-        expected = composite.call.activation.function(grid, **composite.parameters)
-        found = composite.forward(module, grid.clone())
-    # FastGELU's constant has ten digits
-    same = isinstance(found, Tensor) and found.shape == grid.shape and torch.allclose(found.double(), expected, 0, 1e-6)
+    try:
+        same = _computes(composite, composite.call, module)
+    except Exception as error:
+        return NO_PROBE.format(error)
     return "" if same else OTHER_FUNCTION.format(composite.name)
+
+
+def _computes(composite: Composite, call: Call, module: nn.Module) -> bool:
+    """Whether an instance computes what its class is said to."""
+    assert call.activation is not None
+    buffers = list(module.buffers())
+    device = buffers[0].device if buffers else torch.device("cpu")
+    with pristine(), torch.no_grad(), ops.waiting(device):
+        grid = torch.linspace(-8, 8, 65, dtype=torch.float64, device=device)
+        expected = call.activation.function(grid, **composite.parameters)
+        found = composite.forward(module, grid.clone())
+        # FastGELU's constant has ten digits
+        return (
+            isinstance(found, Tensor)
+            and found.shape == grid.shape
+            and torch.allclose(found.double(), expected, rtol=0, atol=1e-6)
+        )
 
 
 def _shared(a: Tensor, b: Tensor) -> bool:

@@ -3,8 +3,7 @@
 NOTE [ What a packed object holds ]
 
 1. Codes, the table that decodes them, and the layout of the tensor that they stand for. No tensor with a grad_fn:
-autograd
-   owns the packed object, so that would be a cycle that is never collected (pytorch #115255).
+   autograd owns the packed object, so that would be a cycle that is never collected (pytorch #115255).
 2. What is kept goes as `detach()` with its version, checked when it is unpacked: a tensor that passes through a hook
    is no longer checked by autograd itself (pytorch #128545).
 3. Where others' hooks lie around the scope (an offloader, a checkpoint), codes and what is kept are packed by theirs;
@@ -317,6 +316,7 @@ class PackHook:
             self._beside.append(Beside(self._codes, decoder, layout, order, name, step))
             return self._beside[-1]
         assert self._codes is not None
+        # each is handed on by itself: an offloader gives back what it was handed once
         codes = HandedCodes(self._codes, self._around) if self._around is not None else self._codes
         return Packed(codes, rows, plan.bits, layout, order, name, step, self._flag)
 

@@ -4,8 +4,7 @@ NOTE [ Beside a kept output ]
 
 Where somebody else keeps y = f(x) anyway (the next trainable Linear, the product of a gated unit), it costs nothing
 to use. A monotone f can be inverted: y alone gives x, and so f'. gelu, silu, mish and hardswish fall to one minimum
-and then
-rise: y and one bit, which side of the minimum x lay on, give x.
+and then rise: y and one bit, which side of the minimum x lay on, give x.
 
 Inverting is one look-up: y, rounded to 16 bits, and the side address a table of 2 x 65,536 inputs, the stand-ins. A
 bfloat16 or float16 y is that number already. A float32 or float64 y loses digits, those that a derivative needs

@@ -111,11 +111,10 @@ class Step:
         """A backward has come to the node of a call that is left as it is, and so has nothing to unpack."""
         self.unpacked()
 
-    def exposed(self, t: Tensor) -> None:
-        """Somebody gets hold of the memory of `t`, and may change it without a trace."""
-        if self.watches and t.layout is torch.strided:
-            storage = t.untyped_storage()._cdata
-            for watch in list(self.watches):
+    def exposed(self, storage: int) -> None:
+        """Somebody may change without a trace what lies in the storage of that address."""
+        for watch in list(self.watches):
+            if watch.output.cdata == storage or watch.copies:
                 watch.exposed(storage)
 
     def look(self) -> None:

@@ -181,6 +181,10 @@ class WaitingMask:
         return same and not ops.capturing(mask.device)
 
 
+_ready: set[torch.device] = set()
+"""Devices on which a mask was packed: what that takes is there."""
+
+
 class _Waiting(threading.local):
     def __init__(self) -> None:
         self.masks: list[weakref.ref[WaitingMask]] = []  # weak: a graph that is dropped takes its masks along
@@ -233,18 +237,18 @@ class MaskHook:
         call, ledger = self._call, self._ledger
         if not _may_be_a_mask(t, self._arguments):
             return self._pass(t)
+        if t.is_cuda and t.dtype != torch.bool:
+            # of attention's float tensors on CUDA nothing is known; dropout saves nothing but its noise
+            return self._keep(t, FLOATS) if call.name == "dropout" else keep(t, call.name, self._around)
         if t.nbytes < max(self._min_bytes, 1):
             ledger.passed(call.name, _policy.SMALL, t.nbytes)
             return keep(t, call.name, self._around)
         if ops.packed_bytes(t.numel(), 1) >= t.untyped_storage().nbytes():
             return self._keep(t, NO_GAIN)
-        if t.is_cuda and t.dtype != torch.bool:
-            # of attention's float tensors on CUDA nothing is known; dropout saves nothing but its noise
-            return self._keep(t, FLOATS) if call.name == "dropout" else keep(t, call.name, self._around)
         waits = self._in_hand and t.dtype == torch.bool  # a look at each element would be for nothing
         waits &= self._around is None  # the hooks around the scope take what they are given now
-        if waits and ops.capturing(t.device):
-            return self._keep(t, CAPTURING)
+        if ops.must_be_ready(t) and ops.capturing(t.device) and (waits or t.device not in _ready):
+            return self._keep(t, CAPTURING if waits else _policy.CAPTURING)
         with ops.unnoticed():
             found = None if waits else ops.encode_two_values(t)
             if found is None and not waits:
@@ -256,6 +260,8 @@ class MaskHook:
                 _waiting.masks.append(weakref.ref(waiting))
                 return waiting
             packed = self.packed = PackedMask(t, *found, ledger.step, self._around)
+            if ops.must_be_ready(t):
+                _ready.add(t.device)
         ledger.stored(row, packed.nbytes)
         return packed
 

@@ -59,10 +59,10 @@ class Plan:
         self._coders: dict[tuple[torch.dtype, torch.device], Coder] = {}
         self._rows: dict[tuple[torch.dtype, torch.device], Saved] = {}
         self._levels: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        self._primitives: Saves | None = None
+        self._primitives: dict[torch.dtype, Saves] = {}
         self._inverse: Inverse | None = None
         self._inverse_sought = False
-        self._is_not_a_number: tuple[bool, bool] | None = None
+        self._is_not_a_number: dict[str, tuple[bool, bool]] = {}
         self._serves_itself: dict[tuple[torch.dtype, torch.device], bool] = {}
         self._ready: set[tuple[torch.dtype, torch.device]] = set()
         self._two_valued: set[torch.dtype] = set()  # asked at each call: a dtype's hash takes less than a device's
@@ -78,13 +78,20 @@ class Plan:
             if ops.capturing(device):
                 return False
             with ops.waiting(device):
-                self._decoding_rows(dtype, device)
-                if self.codebook is not None:
-                    self.level_rows(ops.multiplied_in(dtype, device), device)
-                few = torch.zeros(16, dtype=dtype, device=device)
-                ops.encode(few, self.bits, self.coder(dtype, device))  # what a coder puts there is its own business
+                self._try_out(torch.zeros(16, dtype=dtype, device=device))
             self._ready.add(key)
         return True
+
+    def _try_out(self, x: Tensor) -> None:
+        """Do all that is done with an input of this dtype: what it takes is made, and kernels are compiled."""
+        codes, _ = self.encode(x)
+        layout = ops.Layout.of(x)
+        for rows in self._decoding_rows(x.dtype, x.device):
+            if rows is not None:
+                ops.decode(codes, rows, self.bits, layout)
+        if self.codebook is not None:
+            rows = self.level_rows(ops.multiplied_in(x.dtype, x.device), x.device)
+            ops.multiply(x, codes, rows, self.bits, layout)
 
     def coder(self, dtype: torch.dtype, device: torch.device) -> Coder:
         """What maps a flat chunk to codes: of the input if the activation is smooth, else of the saved tensor."""
@@ -153,7 +160,7 @@ class Plan:
         with ops.unnoticed():
             if self.codebook is None:
                 return NAN if self.activation.nan_by_position and ops.has_nan(t) else ""
-            at_nan, at_infinity = self._not_a_number()
+            at_nan, at_infinity = self._not_a_number(t.device)
             if (at_infinity and not ops.is_finite(t)) or (at_nan and not at_infinity and ops.has_nan(t)):
                 return NOT_FINITE
             return ""
@@ -175,17 +182,20 @@ class Plan:
         """Whether a flag is for infinities as well as for NaN; None: there is none."""
         if may_look(t) or self.codebook is None or not t.numel():
             return None
-        at_nan, at_infinity = self._not_a_number()
+        at_nan, at_infinity = self._not_a_number(t.device)
         return at_infinity if at_nan else None
 
-    def _not_a_number(self) -> tuple[bool, bool]:
-        """Whether stock's gradient is NaN at NaN, and at an infinity."""
-        if self._is_not_a_number is None:
-            # so often, as what a CPU's kernel makes of a NaN may depend on the position
-            at = torch.from_numpy(np.repeat([[np.nan], [np.inf], [-np.inf]], 64, axis=1))
-            slope = derivative_from(self.function, saved_by(self.function, at), at).isnan().any(1)
-            self._is_not_a_number = bool(slope[0]), bool(slope[1:].any())
-        return self._is_not_a_number
+    def _not_a_number(self, device: torch.device) -> tuple[bool, bool]:
+        """Whether stock's gradient is NaN at NaN, and at an infinity, by the device's kernels: those of elu and
+        hardswish differ."""
+        found = self._is_not_a_number.get(device.type)
+        if found is None:
+            with ops.waiting(device):
+                # so often, as what a CPU's kernel makes of a NaN may depend on the position
+                at = torch.from_numpy(np.repeat([[np.nan], [np.inf], [-np.inf]], 64, axis=1)).to(device)
+                slope = derivative_from(self.function, saved_by(self.function, at), at).isnan().any(1).tolist()
+            found = self._is_not_a_number[device.type] = slope[0], any(slope[1:])
+        return found
 
     def is_cast(self, device: torch.device) -> bool:
         """Whether autocast runs the call in float32, so that what it saves is no tensor of the caller's."""
@@ -201,10 +211,12 @@ class Plan:
 
     def primitives(self, x: Tensor) -> Saves:
         """What stock autograd would keep for the call, which is written in primitives."""
-        if self._primitives is None:
+        found = self._primitives.get(x.dtype)
+        if found is None:
             with ops.unseen():
-                self._primitives = saves(self.function, torch.zeros(8, dtype=x.dtype, device=x.device))
-        return self._primitives
+                found = saves(self.function, torch.zeros(8, dtype=x.dtype, device=x.device))
+            self._primitives[x.dtype] = found
+        return found
 
     def captures(self, x: Tensor) -> bool:
         """Whether the function, a closure say, depends on a tensor beside its input that requires grad."""

@@ -386,15 +386,19 @@ def find(t: Tensor) -> Origin | None:
     return origin if origin is not None and t._version == origin.version else None
 
 
-def expose(t: Tensor) -> None:
-    """Somebody gets hold of the memory of `t`, and may change it unseen: nothing is known of it from now on."""
-    if t.layout is torch.strided:
-        storage = t.untyped_storage()
-        key = storage._cdata
-        _known.origins.pop(key, None)
-        _known.anchors.pop(key, None)
+def expose(storage: torch.UntypedStorage) -> None:
+    """Somebody may change what lies there unseen: nothing is known of it from now on."""
+    key = storage._cdata
+    _known.origins.pop(key, None)
+    _known.anchors.pop(key, None)
+    if key not in _known.exposed:
         _known.exposed[key] = StorageWeakRef(storage)
         _known.purge()
+
+
+def any_known() -> bool:
+    """Whether the thread has origins or anchors."""
+    return bool(_known.origins or _known.anchors)
 
 
 def forget() -> None:

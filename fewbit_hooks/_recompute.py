@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import _policy, _recipes, _sites, _stack, ops
 from ._again import run_again
-from ._calls import input_of
 from ._consumers import consume
 from ._dtensor import local_part
 from ._hooked import hooked
@@ -39,7 +38,10 @@ def run(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwa
     """Make such a call under a scope with `recompute=True`, or in one inside it; an exposure in any."""
     kwargs = kwargs or {}
     if call.kind == "exposure":
-        _expose(input_of(args, kwargs))
+        for given in (*args, *kwargs.values()):
+            for t in given if isinstance(given, (list, tuple)) else (given,):
+                if isinstance(t, Tensor):
+                    _expose(t)
         return func(*args, **kwargs)
     settings = entry.scope._settings
     if (
@@ -65,8 +67,13 @@ def run(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], kwa
     return y
 
 
-def _expose(given: Any) -> None:
-    """Somebody gets hold of the memory of a tensor."""
+def _expose(given: Tensor) -> None:
+    """Somebody gets hold of the memory of a tensor, each launch of a Triton kernel of those of all its arguments."""
+    entries = _stack.entries()
+    recomputes = any(entry.recomputes for entry in entries) or _recipes.any_known()
+    steps = [step for entry in entries if (step := entry.scope._ledger.step).watches]
+    if not recomputes and not steps and not _sites.relied_on():
+        return
     t: Any = local_part(given)
     if (
         torch._C._functorch.peek_interpreter_stack() is not None  # vmap's tensors tell no storage
@@ -75,10 +82,14 @@ def _expose(given: Any) -> None:
     ):
         return
     with torch._C.DisableTorchFunction():  # it may be of a class that has its own
-        _recipes.expose(t)
-        _sites.expose(t)
-        for entry in _stack.entries():
-            entry.scope._ledger.step.exposed(t)
+        if t.layout is not torch.strided:
+            return
+        storage = t.untyped_storage()
+        if recomputes:
+            _recipes.expose(storage)
+        _sites.expose(storage._cdata)
+        for step in steps:
+            step.exposed(storage._cdata)
 
 
 def admits(
@@ -275,8 +286,14 @@ def note_dropout(x: Tensor, y: Tensor, mask: Any, p: float) -> None:
     if x.is_cuda:
         # its forward divides in the dtype that it computes in: 1 / (1 - p), rounded once, is another number at p=0.15
         dtype = np.float64 if x.dtype == torch.float64 else np.float32
-        replay = functools.partial(torch.ops.aten.native_dropout_backward, scale=float(dtype(1) / dtype(1 - p)))
+        replay = functools.partial(_masked_on_cuda, scale=float(dtype(1) / dtype(1 - p)))
     _recipes.note(y, replay, [x], [mask])
+
+
+def _masked_on_cuda(x: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """In the strides of the forward's result: those that the backward's has are others where `x` is not contiguous."""
+    y: Tensor = torch.ops.aten.native_dropout_backward.out(x, mask, scale, out=torch.empty_like(x))
+    return y
 
 
 class _With:

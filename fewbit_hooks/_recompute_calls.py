@@ -6,7 +6,7 @@
     cast        what it returns has a recipe
     product     saves both factors, by recipe where they have one; what it returns has a recipe
     consumer    saves its operands, by recipe where they have one: Linear, matmul, convolution
-    exposure    gives away the memory of a tensor, so that nothing is known of it any more
+    exposure    gives away the memory of a tensor, or changes it uncounted, so that nothing is known of it any more
 
 See NOTE [ Recipes ] in `_recipes.py`.
 """
@@ -47,7 +47,13 @@ _CALLS = {
     ("conv", "consumer"): "F.conv1d F.conv2d F.conv3d F.conv_transpose1d F.conv_transpose2d F.conv_transpose3d "
     "torch.conv1d torch.conv2d torch.conv3d torch.ops.aten.convolution",
     ("memory", "exposure"): "Tensor.data.__get__ Tensor.numpy Tensor.__array__ Tensor.data_ptr Tensor.__dlpack__ "
-    "Tensor.storage",
+    "Tensor.storage Tensor.apply_ Tensor.map_ torch.ops.aten.data torch.ops.aten.set_",
+    # they write in place, which is not counted
+    ("collective", "exposure"): (
+        " all_gather all_gather_into_tensor all_gather_single all_reduce all_reduce_coalesced all_to_all "
+        "all_to_all_single broadcast gather irecv recv reduce reduce_scatter reduce_scatter_single "
+        "reduce_scatter_tensor scatter"
+    ).replace(" ", " torch.distributed."),
     # their results lie in the same memory, with a counter of changes of their own
     ("parts", "exposure"): "torch.unsafe_chunk torch.unsafe_split torch.unsafe_split_with_sizes Tensor.unsafe_chunk "
     "Tensor.unsafe_split Tensor.unsafe_split_with_sizes torch.ops.aten.unsafe_chunk torch.ops.aten.unsafe_split "

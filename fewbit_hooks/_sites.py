@@ -239,18 +239,20 @@ class Relying(Protocol):
         """The bytes of what is relied on, if nobody else holds it."""
 
 
-_relying: dict[weakref.ref[Relying], Site] = {}
-"""The packed objects that are alive, and where their calls were made: they outlive the look at their watches."""
+_relying: dict[weakref.ref[Relying], tuple[Site, set[int]]] = {}
+"""The packed objects that are alive, where their calls were made, and the addresses of the storages that they have
+relied on: they outlive the look at their watches."""
 
 
-def expose(t: Tensor) -> None:
-    """Somebody gets hold of the memory of `t`, and may change it without a trace: it is not relied upon any more."""
-    if not _relying or t.layout is not torch.strided:
-        return
-    storage = t.untyped_storage()._cdata
-    for ref, site in list(_relying.items()):  # at one stroke: other threads may add to them
-        packed = ref()
-        if packed is not None and packed.lies_in(storage):
+def relied_on() -> bool:
+    """Whether there are any."""
+    return bool(_relying)
+
+
+def expose(storage: int) -> None:
+    """Somebody may change without a trace what lies in the storage of that address: it is not relied upon any more."""
+    for ref, (site, storages) in list(_relying.items()):  # at one stroke: other threads may add to them
+        if storage in storages and (packed := ref()) is not None and packed.lies_in(storage):
             site.distrust_output()
             packed.rely_on_a_copy()
 
@@ -307,7 +309,7 @@ class Watch:
         self.treated = treated
         self.relying = [weakref.ref(packed, _gone) for packed in relying]
         for ref in self.relying:
-            _relying[ref] = site
+            _relying[ref] = site, {self.output.cdata}
         self.held: list[tuple[Tensor, int]] = []
         # a copy of a DTensor's part may be one of what the DTensor was changed to: its version does not tell
         self._followed = not is_dtensor(output)
@@ -325,6 +327,7 @@ class Watch:
         if self.site.verdict is Verdict.COPY:
             for ref in self.relying:
                 if (packed := ref()) is not None:
+                    _relying[ref][1].add(self.copies[-1].cdata)
                     packed.rely_on(copy)
 
     def exposed(self, storage: int) -> None:

@@ -368,6 +368,21 @@ def test_a_module_registered_as_what_it_does_not_compute_is_left_alone_and_repor
     assert reasons(memory) == {_composites.OTHER_FUNCTION.format("gelu")}
 
 
+def test_a_module_that_cannot_be_tried_in_float64_is_left_alone_and_reported(x: Tensor) -> None:
+    class Picky(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.dtype == torch.float64:
+                raise TypeError("no kernel for float64")
+            return F.silu(x) * 1.0
+
+    module = fewbit.register_module(Picky, "silu")()
+    x = x.detach().float().requires_grad_()
+    stock = results(module, x)
+    with opened(bits=1) as memory:
+        assert all_equal(results(module, x), stock)
+    assert reasons(memory) == {_composites.NO_PROBE.format("no kernel for float64")}
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("how", ["old weight_norm", "parametrized", "attribute"])
 def test_a_weight_that_is_computed_from_others_gets_its_gradient(how: str, x: Tensor) -> None:
@@ -638,6 +653,37 @@ class Sharp(nn.Module):
 @pytest.mark.parametrize("change", [lambda m: setattr(m, "beta", 4.0), lambda m: m.eval()], ids=["beta", "eval"])
 def test_an_instance_that_comes_to_compute_something_else_is_left_as_it_is(change: Any, x: Tensor) -> None:
     module = fewbit.register_module(Sharp, "silu")()
+    with fewbit.scope(bits=2, min_bytes=0) as memory:
+        module(x)
+        change(module)
+        (grad,) = torch.autograd.grad(module(x).sum(), x)
+    assert [row.bits for row in memory.report().rows] == [2, None]
+    assert torch.equal(grad, torch.autograd.grad(module(x).sum(), x)[0])
+
+
+class Given(nn.Module):
+    """silu, of a buffer and a function that may be others later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("beta", torch.ones(1))
+        self.gate = torch.sigmoid
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(self.beta.to(x.dtype) * x)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.load_state_dict({"beta": torch.full((1,), 2.5)}),
+        lambda m: setattr(m, "beta", torch.full((1,), 2.5)),
+        lambda m: setattr(m, "gate", torch.tanh),
+    ],
+    ids=["loaded", "set", "function"],
+)
+def test_an_instance_that_is_given_another_buffer_or_function_is_asked_again(change: Any, x: Tensor) -> None:
+    module = fewbit.register_module(Given, "silu")()
     with fewbit.scope(bits=2, min_bytes=0) as memory:
         module(x)
         change(module)

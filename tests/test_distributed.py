@@ -161,6 +161,54 @@ def change_part(y: Any) -> None:
     y.to_local().mul_(-1.7)
 
 
+def exchange(y: Tensor) -> None:
+    torch.distributed.all_to_all_single(y.detach(), -1.7 * y.detach())
+
+
+def exchange_in_lists(y: Tensor) -> None:
+    torch.distributed.all_to_all([y.detach()], [-1.7 * y.detach()])
+
+
+def scatter(y: Tensor) -> None:
+    torch.distributed.scatter(y.detach(), [-1.7 * y.detach()], 0)
+
+
+@pytest.mark.parametrize("settings", [{"exact": True}, {"exact": True, "recompute": True}, {"bits": 8}], ids=str)
+@pytest.mark.parametrize(
+    "collective",
+    [
+        exchange,
+        exchange_in_lists,
+        pytest.param(
+            scatter,
+            marks=pytest.mark.skipif(
+                not hasattr(torch.distributed, "all_gather_single"), reason="before torch 2.13 no mode is told of it"
+            ),
+        ),
+    ],
+)
+def test_an_output_that_a_collective_changes_is_not_relied_upon(
+    mesh: Any, collective: Any, settings: dict[str, Any]
+) -> None:
+    # torch counts no change of most collectives
+    for function in (nn.functional.gelu, nn.functional.relu6):
+        model, opened = Changed(function, collective), fewbit.scope(min_bytes=0, **settings)
+        opened._warned = True
+        for step in range(5):
+            x = torch.randn(8, 12, generator=torch.Generator().manual_seed(step))
+            (mine,), (stock,) = (gradients_of(model, x, scope) for scope in (opened, contextlib.nullcontext()))
+            if "exact" in settings or function is nn.functional.relu6:
+                assert torch.equal(mine, stock), (function, step)
+            assert (mine - stock).norm() < 0.01 * stock.norm(), (function, step)
+
+
+def gradients_of(model: nn.Module, x: Tensor, scope: Any) -> tuple[Tensor]:
+    x = x.requires_grad_()
+    with scope:
+        y = model(x * 1)
+    return torch.autograd.grad(y.sum(), x)
+
+
 @pytest.mark.parametrize("change", [change_whole, change_view, change_part])
 @pytest.mark.parametrize("name", ["gelu", "silu", "leaky_relu"])
 def test_a_dtensor_output_that_is_changed_in_place_is_not_relied_upon(mesh: Any, name: str, change: Any) -> None:

@@ -256,6 +256,24 @@ def test_codes_do_not_suffer_from_hooks_around_that_compress(
 
 
 @pytest.mark.usefixtures("nothing_is_known")
+def test_codes_are_compared_until_it_is_known_and_not_where_nothing_can_be_remembered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.randn(128, 256, requires_grad=True)
+    compared: list[bool] = []
+    equal = torch.equal
+    monkeypatch.setattr(torch, "equal", lambda a, b: compared.append(True) or equal(a, b))
+    hooks = lambda t: t.clone(), lambda t: t
+    for pack, looks in ((hooks[0], 1), (functools.partial(hooks[0]), 0)):
+        compared.clear()
+        for _ in range(3):
+            with saved_tensors_hooks(pack, hooks[1]), fewbit.scope(min_bytes=0):
+                y = F.gelu(x * 1)
+            y.sum().backward()
+        assert len(compared) == looks
+
+
+@pytest.mark.usefixtures("nothing_is_known")
 @pytest.mark.parametrize("engine", ["hooks", "fused"])
 def test_codes_are_kept_beside_until_they_have_come_back_once(engine: str, x: Tensor) -> None:
     h = torch.randn(128, 256, requires_grad=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -372,3 +373,21 @@ def test_no_temporary_has_the_size_of_the_tensor(strides: str, coder: str) -> No
 def test_importing_ops_does_not_import_triton() -> None:
     script = "import sys, fewbit_hooks.ops; assert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_what_is_coded_while_the_kernels_are_looked_at_is_coded_in_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    # the garbage collector may find a scope in a generator at any time, which looks at its masks
+    monkeypatch.setattr(_dispatch, "_found", {})
+    monkeypatch.setattr(_dispatch, "_lock", type(_dispatch._lock)())
+    said: list[str] = []
+
+    def check(kernels: Any, device: torch.device) -> None:
+        said.append(ops.backend(device).said)
+
+    monkeypatch.setitem(_dispatch._CHECKS, "_numba", (check, ""))
+    look = threading.Thread(target=ops.backend, args=(torch.device("cpu"),), daemon=True)
+    look.start()
+    look.join(timeout=60)
+    assert not look.is_alive()
+    assert said in ([], ["it is just being looked at"])  # where numba is not installed nothing is checked
+    assert ops.backend(torch.device("cpu")).said in ("numba", "numba is not installed")

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fewbit_hooks import _policy, ops
+import fewbit_hooks as fewbit
+from fewbit_hooks import _masks, _policy, ops
 from fewbit_hooks._calls import RECOGNISED
 from fewbit_hooks._plan import Plan
 
@@ -82,6 +83,23 @@ def test_while_a_graph_is_captured_nothing_becomes_ready(plan: Plan, monkeypatch
     monkeypatch.setattr(ops, "capturing", lambda device: True)
     assert plan.is_ready(x.dtype, CPU)
     assert not plan.is_ready(torch.bfloat16, CPU)
+
+
+def test_a_mask_is_kept_while_a_graph_is_captured_unless_one_was_packed_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_masks, "_ready", set())
+    monkeypatch.setattr(ops, "must_be_ready", lambda x: True)
+    x = torch.randn(64, 64, requires_grad=True)
+
+    def reasons(captured: bool) -> set[str]:
+        monkeypatch.setattr(ops, "capturing", lambda device: captured)
+        with fewbit.scope(min_bytes=0) as memory:
+            memory._warned = True
+            F.dropout(x * 1, 0.3)
+        return {row.reason for row in memory.report().rows}
+
+    assert [reasons(captured) for captured in (True, False, True)] == [{_policy.CAPTURING}, {""}, {""}]
 
 
 @pytest.mark.parametrize("name", ["gelu"])

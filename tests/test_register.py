@@ -522,3 +522,20 @@ def test_a_closure_over_a_learned_parameter_runs_as_it_is() -> None:
     expected = torch.autograd.grad(function(x).sum(), [x, slope])
     assert all(torch.equal(*pair) for pair in zip(torch.autograd.grad(y.sum(), [x, slope]), expected, strict=True))
     assert memory.report().rows[0].reason == "it depends on another tensor that requires grad"
+
+
+def test_what_primitives_save_is_asked_for_each_dtype() -> None:
+    @fewbit.register
+    def in_float32(x: Tensor, a: float = 1.0) -> Tensor:
+        h = x.float()
+        return (h * torch.sigmoid(a * h)).to(x.dtype)
+
+    def original(dtype: torch.dtype, a: float) -> int:
+        x = torch.randn(64, 64).to(dtype).requires_grad_()
+        with fewbit.scope(min_bytes=0) as memory:
+            in_float32(x * 1, a)
+        return memory.report().original_bytes
+
+    alone = original(torch.bfloat16, 2.0)
+    original(torch.float32, 1.0)
+    assert original(torch.bfloat16, 1.0) == alone

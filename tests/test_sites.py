@@ -513,8 +513,9 @@ class Subclass(Tensor):
         lambda h: nn.Parameter(h.detach()).data.round_(),
         lambda h: h.detach().as_subclass(Subclass).data.round_(),
         lambda h: torch.empty(0).set_(h.storage(), 0, h.shape).round_(),
+        lambda h: torch.ops.aten.set_(torch.empty(0), h.detach()).round_(),
     ],
-    ids=["data", "numpy", "parameter", "subclass", "storage"],
+    ids=["data", "numpy", "parameter", "subclass", "storage", "set_"],
 )
 @pytest.mark.parametrize(
     ("activation", "arguments", "error"),

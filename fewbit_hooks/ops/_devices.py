@@ -90,4 +90,7 @@ def put(table: Tensor, device: torch.device) -> Tensor:
 
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured, so that the host cannot wait for the device."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()

@@ -51,7 +51,8 @@ class Backend(NamedTuple):
 
 _found: dict[tuple[torch.device | str, str], Backend] = {}
 """By device, the CPU as "cpu", and name of the module of kernels."""
-_lock = threading.Lock()
+_looking: set[tuple[torch.device | str, str]] = set()
+_lock = threading.RLock()  # what the garbage collector finds meanwhile may code a tensor, too
 
 
 def is_installed(package: str) -> bool:
@@ -93,8 +94,14 @@ def _backend(device: torch.device, name: str) -> Backend:
     if capturing(device):
         return Backend(None, "a CUDA graph is being captured, and the first look makes the host wait: another time")
     with _lock:
+        if key in _looking:
+            return Backend(None, "it is just being looked at")
         if key not in _found:
-            _found[key] = _look(device, name)
+            _looking.add(key)
+            try:
+                _found[key] = _look(device, name)
+            finally:
+                _looking.discard(key)
         return _found[key]
 
 

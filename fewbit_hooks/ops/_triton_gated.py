@@ -11,7 +11,7 @@ before the product, and grad * up before it is multiplied by f'(gate). f' is tha
                 1/2 (1 + t) + x / 2 (1 - t^2) sqrt(2 / pi) (1 + 3 * 0.044715 x^2)
     silu        with s = 1 / (1 + exp(-x)): s (1 + x (1 - s))
     mish        with t = tanh(log1p(exp(x))): t + x s (1 - t^2)
-    elu         x > 0 ? scale : alpha scale input_scale exp(input_scale x)
+    elu         x <= 0 ? alpha scale input_scale exp(input_scale x) : scale
     softplus    beta x > threshold ? 1 : exp(beta x) / (exp(beta x) + 1)
     hardswish   x <= -3 ? 0 : x < 3 ? x / 3 + 1/2 : 1
     tanh        1 - y^2, of the rounded y = f(x)
@@ -55,7 +55,7 @@ def _slope(x, y, parameters, NAME: tl.constexpr):
         slope = t + x * s * (1.0 - t * t)
     elif NAME == "elu":
         alpha, scale, input_scale = tl.load(parameters), tl.load(parameters + 1), tl.load(parameters + 2)
-        slope = tl.where(x > 0, tl.zeros_like(x) + scale, exp(x * input_scale) * (alpha * scale * input_scale))
+        slope = tl.where(x <= 0, exp(x * input_scale) * (alpha * scale * input_scale), tl.zeros_like(x) + scale)
     elif NAME == "softplus":
         beta, threshold = tl.load(parameters), tl.load(parameters + 1)
         z = exp(x * beta)
@@ -66,7 +66,7 @@ def _slope(x, y, parameters, NAME: tl.constexpr):
         slope = y * (1.0 - y)
     else:
         tl.static_assert(NAME == "hardswish")
-        slope = tl.where(x <= -3.0, 0.0, tl.where(x >= 3.0, 1.0, x * 0.3333333333333333 + 0.5))
+        slope = tl.where(x <= -3.0, 0.0, tl.where(x < 3.0, x * 0.3333333333333333 + 0.5, 1.0))
     return slope
 
 
