@@ -162,12 +162,22 @@ class Step:
 
 
 class Ledger:
-    """The books of one scope; shared by the threads that use it."""
+    """The books of one scope; shared by the threads that use it.
 
-    def __init__(self) -> None:
+    Args:
+        sites: what those learn who number their steps together.
+
+    Attributes:
+        steps: steps that saved something.
+    """
+
+    def __init__(self, sites: _sites.Sites) -> None:
         # what the garbage collector finds while it is held, a generator say, may leave a scope on this very thread
         self._lock = threading.RLock()
-        self.step = Step(self._lock)
+        self._sites = sites
+        self.step = Step(self._lock, -1, backward_began=True)  # the one before the first
+        self._coming = -1
+        self.steps = 0
 
     def row(
         self,
@@ -204,18 +214,19 @@ class Ledger:
         with self._lock:
             if self.step.backward_began:
                 # a forward that goes on after a backward inside it, or on another thread, is still to be looked at
-                self.step = Step(self._lock, self.step.number + 1, watches=self.step.watches)
+                self.step = Step(self._lock, self.coming_step, watches=self.step.watches)
+                self.steps += 1
             return self.step
-
-    @property
-    def steps(self) -> int:
-        """Steps that saved something."""
-        return self.step.number + bool(self.step.rows or self.step.passed)
 
     @property
     def coming_step(self) -> int:
         """The number of the step to which a call made now belongs."""
-        return self.step.number + self.step.backward_began
+        step = self.step
+        if not step.backward_began:
+            return step.number
+        if self._coming <= step.number:  # once: the sites number on with the step's first call
+            self._coming = max(step.number, self._sites.latest) + 1
+        return self._coming
 
     def watch(self, watch: _sites.Watch) -> None:
         """Look at a call's storages when the forward is over."""

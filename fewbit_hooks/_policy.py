@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+import weakref
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -68,6 +69,15 @@ class Settings:
     codebooks: Mapping[str, tuple[Codebook, ...]] = field(default_factory=dict)
     engine: str = "auto"
 
+    def identity(self) -> Hashable:
+        """What two scopes have in common that do the same."""
+        bits = self.bits
+        if isinstance(bits, Mapping):
+            bits = tuple(sorted(bits.items()))  # type: ignore[assignment]
+        rules = tuple([_name_of(rule) for rule in self.exclude.rules])
+        books = tuple(self.codebooks.values())
+        return _name_of(bits), self.min_bytes, rules, self.exact, self.recompute, books, self.engine
+
     def bits_for(self, name: str, x: Tensor, exact: bool) -> int | None:
         """The bits given for an activation; None keeps it. The two-valued ones take 1 where they are not turned off."""
         bits = self.bits
@@ -80,6 +90,18 @@ class Settings:
                 if bits is not None:
                     check_bits(bits, f"bits: the callable's answer for {name!r}")
         return 1 if bits is not None and exact else bits
+
+
+def _name_of(setting: Any) -> Hashable:
+    """A setting; of a function or a class a weak reference, for it may hold a model."""
+    if not callable(setting):
+        return setting  # type: ignore[no-any-return]
+    try:
+        ref = weakref.ref(setting)
+        hash(ref)
+    except TypeError:
+        return object()  # like no other
+    return ref
 
 
 def check_settings(

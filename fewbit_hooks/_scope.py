@@ -44,12 +44,12 @@ from . import (
 )
 from ._calls import BACKWARD, RECOGNISED, Call
 from ._errors import FewbitError, FewbitTypeError, FewbitWarning
-from ._ledger import Ledger
+from ._ledger import HELD, Ledger
 from ._mask_calls import MaskCall
 from ._policy import Bits, Exclude
 from ._recompute_calls import EXPOSES, RECOMPUTE
 from ._report import Report
-from ._sites import Sites
+from ._sites import learned_under
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -116,8 +116,11 @@ class scope:
         codebooks: Any = (),
     ) -> None:
         self._settings = _policy.check_settings(bits, min_bytes, exclude, exact, recompute, engine, codebooks)
-        self._ledger = Ledger()
-        self._sites = Sites()
+        self._begin_books()
+
+    def _begin_books(self) -> None:
+        self._sites = learned_under(self._settings.identity())
+        self._ledger = Ledger(self._sites)
         self._warned = self._looked_at_names = False
 
     def __repr__(self) -> str:
@@ -257,8 +260,8 @@ class scope:
         if any(row.bits is not None for row in rows):
             self._warned = True  # once it has compressed something it needs no such warning any more
             return
-        if any(row.reason == _plan.NOT_FINITE for row in rows):
-            return  # the next step will be another
+        if any(row.reason in (_plan.NOT_FINITE, HELD) for row in rows):
+            return  # the next step will be another; that nothing can be freed was learned where something was coded
         self._warned = True
         if _compiled.traced and not rows:
             return  # what compiled graphs keep is not counted
@@ -289,9 +292,7 @@ class scope:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._ledger = Ledger()
-        self._sites = Sites()
-        self._warned = self._looked_at_names = False
+        self._begin_books()
 
 
 class _Mode(TorchFunctionMode):

@@ -22,6 +22,8 @@ class comes from there and the one before is gone.
 
 Only sites inside a module are learned: a bare call with a variable that still holds its input says nothing about the
 next one.
+
+Scopes of equal settings learn together: `with fewbit.scope(bits=3):` in a training loop makes one for each step.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
@@ -54,6 +56,8 @@ LOOK_AGAIN = 64
 AGREE = 2
 STATES = 8
 """In so many states, the latest, a place is known."""
+SETTINGS = 32
+"""Of so many settings, the latest, what was learned is known."""
 
 # frames of torch, and ours, are not the user's code
 _NOT_THE_USERS = str(Path(torch.__file__).parent), str(Path(__file__).parent)
@@ -99,9 +103,10 @@ class Site:
         output_changes: its output, or the copy, was seen to be changed in place, so that it is never relied upon.
         output_stays: its output was seen to be kept although all that is known to keep it can compute it again.
 
-    Something made of the output may be what is kept, the output with dropout say. Whether it could be computed again,
-    if only the input were kept, is told by those that would keep it (`asked_for`), and tried once (`serves`). All calls
-    of a step must be asked for, as all are to keep their inputs then.
+    What is kept may be the output, or something made of it, the output with dropout say. Whether it could be computed
+    again, if only the input were kept, is told by those that would keep it (`asked_for`), and tried once (`serves`).
+    All calls of a step must be asked for, as all are to keep their inputs then. What was tried in vain, as somebody
+    else keeps the output too (a BatchNorm beside a Linear), is not tried again: input and output are held then.
     """
 
     __slots__ = (
@@ -126,7 +131,7 @@ class Site:
 
     def begin_anew(self) -> None:
         """As if no call had come from here."""
-        self.output_changes = False
+        self.output_changes = self.output_stays = False
         self._alone = 0
         self._before, self._now = Calls(), Calls()  # of the last two steps in which there were any
         self.forget()
@@ -143,7 +148,6 @@ class Site:
         """Unknown again."""
         self.verdict = self._found = Verdict.UNKNOWN
         self._agreed = self._step = 0
-        self.output_stays = False
         self._tried = -1  # the step in which it was
         for calls in (self._before, self._now):
             calls.missed = calls.served = 0
@@ -213,11 +217,8 @@ class Site:
 
     def treatment(self, recompute: bool) -> Verdict:
         """The verdict; INPUT where those that keep the output, or something made of it, can compute it again."""
-        if recompute and self.verdict is Verdict.OUTPUT and not self.output_stays:
-            return Verdict.INPUT
-        if recompute and self.verdict is Verdict.CODES and self.serves():
-            return Verdict.INPUT
-        return self.verdict
+        can_go = self.verdict is Verdict.CODES or (self.verdict is Verdict.OUTPUT and not self.output_stays)
+        return Verdict.INPUT if recompute and can_go and self.serves() else self.verdict
 
 
 class Relying(Protocol):
@@ -379,21 +380,30 @@ class Trainable:
     """Which parameters of a model require a gradient.
 
     Attributes:
-        listed: the step in which they were listed; some may be added or replaced later.
+        parameters: weak, for some may be replaced.
+        listed: the step in which they were listed; some may be added later.
         looked: the step in which their flags were last read.
         state: a number that stands for these flags.
     """
 
-    parameters: list[nn.Parameter]
-    listed: int
+    parameters: list[weakref.ref[nn.Parameter]] = field(default_factory=list)
+    listed: int = 0
     looked: int = -1
     state: int = -1
     _states: dict[tuple[bool, ...], int] = field(default_factory=dict)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
-    def look(self, step: int) -> None:
+    def renew(self, model: nn.Module, step: int) -> None:
+        """List them anew."""
+        self.parameters, self.listed = [weakref.ref(p) for p in parameters_of(model)], step
+
+    def look(self, model: nn.Module, step: int) -> None:
         """Read the flags."""
-        flags = tuple([p.requires_grad for p in self.parameters])
+        parameters = [ref() for ref in self.parameters]
+        if step - self.listed > LOOK_AGAIN or any(p is None for p in parameters):
+            self.renew(model, step)
+            parameters = [ref() for ref in self.parameters]
+        flags = tuple([p is not None and p.requires_grad for p in parameters])
         self.looked, self.state = step, self._states.pop(flags, -1)
         if self.state < 0:
             self.state = next(self._numbers)
@@ -431,9 +441,14 @@ class _Place:
 
 
 class Sites:
-    """The sites of one scope."""
+    """The sites of a scope, or of several.
+
+    Attributes:
+        latest: the step of the latest call.
+    """
 
     def __init__(self) -> None:
+        self.latest = -1
         self._places: dict[tuple[Any, ...], _Place] = {}
         self._latest: dict[tuple[Any, ...], ModuleRef] = {}  # the module that last came anew from a line of another
         self._purge_at = 1024
@@ -471,6 +486,7 @@ class Sites:
             trainable = self._look_at(found, module, step)
         site = found.site(module.training, trainable.state)
         site.visit(step)
+        self.latest = max(self.latest, step)
         return site
 
     def _place_of_its_maker(
@@ -496,12 +512,11 @@ class Sites:
         place.model = weakref.ref(model)
         trainable = self._models.get(model)
         if trainable is None:
-            trainable = self._models[model] = Trainable(parameters_of(model), step)
-        elif step - trainable.listed > LOOK_AGAIN:
-            trainable.parameters, trainable.listed = parameters_of(model), step
+            trainable = self._models[model] = Trainable()
+            trainable.renew(model, step)
         place.trainable = weakref.ref(trainable)
         if trainable.looked != step:
-            trainable.look(step)
+            trainable.look(model, step)
         return trainable
 
     def _purge(self) -> None:
@@ -512,6 +527,18 @@ class Sites:
                 key: ref for key, ref in list(self._latest.items()) if ref() is not None or key in self._places
             }
             self._purge_at = max(1024, 2 * len(self._places))
+
+
+_learned: dict[Any, Sites] = {}
+
+
+def learned_under(settings: Hashable) -> Sites:
+    """The sites of all scopes with these settings."""
+    sites = _learned.pop(settings, None) or Sites()
+    _learned[settings] = sites  # the latest last
+    while len(_learned) > SETTINGS:
+        _learned.pop(next(iter(_learned)), None)  # another thread may have done it
+    return sites
 
 
 def _line_around(module: nn.Module) -> tuple[nn.Module | None, tuple[CodeType, int] | None]:

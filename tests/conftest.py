@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 import fewbit_hooks as fewbit
 from csv_rows import rows_of as rows_of
-from fewbit_hooks import _activations, _again, _calls, _compiled, _register, _stack
+from fewbit_hooks import _activations, _again, _calls, _compiled, _register, _sites, _stack
 from held import held_for_backward as held_for_backward
 
 if not torch.cuda.is_available():
@@ -41,6 +41,7 @@ def nothing_is_left_open() -> Iterator[None]:
     """No test leaves a scope, a mode or a hook behind."""
     torch.manual_seed(0)
     _compiled.traced = False  # as in a process in which nothing was compiled
+    _sites._learned.clear()
     modes = torch._C._len_torch_function_stack()
     yield
     assert fewbit.active() is None

@@ -6,6 +6,7 @@ import gc
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -378,10 +379,58 @@ def test_a_scope_inside_a_checkpoint_trains_for_many_steps(
     assert x.grad is not None
 
 
-def test_learning_belongs_to_the_scope_object(opened: fewbit.scope) -> None:
+def always_three(name: str, x: Tensor) -> int:
+    return 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bits": 3},
+        {"bits": {"gelu": 3}, "exclude": ["2", nn.ReLU]},
+        {"bits": always_three, "codebooks": fewbit.codebook("silu", 3)},
+        {"engine": "fused"},
+    ],
+    ids=["bits", "mapping", "function", "engine"],
+)
+def test_scopes_of_equal_settings_learn_together(settings: dict[str, Any]) -> None:
+    model, seen = chain(nn.GELU()), []
+    for step in range(4):
+        seen += steps(model, fewbit.scope(min_bytes=0, **settings), 1)
+        (other,) = steps(model, fewbit.scope(min_bytes=0, bits=2), 1)  # learns by itself
+        assert other == {"gelu 1": 2 if step < 2 else "y+1"}
+    assert [step["gelu 1"] for step in seen] == [3, 3, "y+1", "y+1"]
+
+
+def test_scopes_with_functions_that_are_made_anew_learn_by_themselves() -> None:
     model = chain(nn.GELU())
-    assert steps(model, opened)[-1] == {"gelu 1": "y+1"}
-    assert steps(model, fewbit.scope(bits=3, min_bytes=0), 1) == [{"gelu 1": 3}]
+    seen = [steps(model, fewbit.scope(min_bytes=0, bits=lambda name, x: 3), 1) for _ in range(4)]
+    assert seen == [[{"gelu 1": 3}]] * 4
+    many = [fewbit.scope(bits=lambda name, x: 3) for _ in range(100)]
+    assert len(_sites._learned) <= _sites.SETTINGS < len(many)
+
+
+def test_two_scopes_of_equal_settings_may_take_turns() -> None:
+    first, second = (fewbit.scope(min_bytes=0) for _ in range(2))
+    model = chain(nn.GELU())
+    seen = [steps(model, scope, 1)[0]["gelu 1"] for _ in range(3) for scope in (first, second)]
+    assert seen == [3, 3, "y+1", "y+1", "y+1", "y+1"]
+    assert (first.report().steps, second.report().steps) == (3, 3)
+
+
+def test_a_scope_that_learned_from_another_does_not_warn_that_nothing_is_compressed() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    seen = [steps(model, fewbit.scope(min_bytes=0), 1)[0]["relu 1"] for _ in range(4)]  # warnings are errors
+    assert seen == [1, 1, None, None]
+
+
+def test_a_parameter_that_is_replaced_is_let_go_of(opened: fewbit.scope) -> None:
+    model = chain(nn.GELU())
+    steps(model, opened, 3)
+    old = weakref.ref(model[2].weight)
+    model[2] = nn.Linear(64, 64)
+    assert old() is None
+    assert steps(model, opened, 3)[-1] == {"gelu 1": "y+1"}
 
 
 @pytest.mark.parametrize("backward", ["loss.backward()", "torch.autograd.backward(loss)"])
