@@ -7,6 +7,9 @@ input. Its forward runs as it is and is recorded as it is, so result and gradien
 to the order in which gradients are added. Only what its nodes save is replaced: the arguments are kept, with their
 versions; any other tensor becomes a number, the how-manieth it was. When one is asked for, the forward runs once more,
 on the kept arguments, and all that it saves is handed out by number, each to be dropped when it has been taken.
+
+Stock may keep no argument, but copies, in float32 say: there `x += f(norm(x))` is allowed. Here it makes backward
+raise, once: a module whose arguments were found changed is left as it is from then on.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from ._errors import FewbitError
 from ._hooked import hooked
 from ._hooks import Kept, unpack
 from ._ledger import RECOMPUTED, Ledger, Step
+from ._modules import ModuleRef
 from ._recipes import Geometry, Leaf, anchor
 from ._replay import Autocast, replay, untraced, when_backward_ends
 from ._standins import Saves
@@ -50,7 +54,7 @@ def run_again(
     if primitives.keeps_x:
         ledger.original(row, x)
     ledger.stored(row, 0 if primitives.keeps_x else ledger.newly_held(x), never_kept=primitives.never_kept(x))
-    saves = _Saves(name, forward, arguments)
+    saves = _Saves(name, forward, arguments, row.module)
     hook = _PackHook(name, saves, ledger.step)
     try:
         with _stack.hidden(), hooked(hook, unpack):
@@ -114,10 +118,10 @@ class _Saves:
 
     __slots__ = ("_autocast", "_forward", "_lock", "_needed", "_saved", "leaves", "name")
 
-    def __init__(self, name: str, forward: Forward, arguments: Sequence[Tensor]) -> None:
+    def __init__(self, name: str, forward: Forward, arguments: Sequence[Tensor], module: ModuleRef | None) -> None:
         self.name = name
         self._forward = forward
-        self.leaves = [Leaf(t, t._version) for t in arguments]
+        self.leaves = [Leaf(t, t._version, module) for t in arguments]
         self._needed = [t.requires_grad for t in arguments]
         self._autocast = Autocast.of(arguments[0].device.type)
         self._lock = threading.Lock()

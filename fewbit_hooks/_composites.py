@@ -46,6 +46,7 @@ OTHER_FUNCTION = "its forward does not compute {}"
 HAS_PARAMETERS = "it has parameters, and so is not pointwise in its input alone"
 NO_NODE = "it does not return one new tensor of its input's shape"
 NO_PROBE = "it could not be tried on a small input: {}"
+INPUT_CHANGES = "its input is changed in place before its backward"
 CAPTURES = "it depends on a tensor that requires grad and is no parameter of its own"
 
 Forward = Callable[..., Tensor]
@@ -275,7 +276,7 @@ def _run_in_scope(entry: _stack.Entry, composite: Composite, module: nn.Module, 
         ledger.passed(composite.name, str(keep), 0)
         return run_it()
     forward = _Shell(composite, module)
-    if facts.gains(composite, x):
+    if facts.gains(composite, x) and module not in _recipes.changed:
         return _recompute.again(ledger, composite.name, run_it, forward, x, parameters, facts.primitives)
     y = run_it()
     if facts.anchors(x):
@@ -310,6 +311,8 @@ def _run_activation(
         if settings.exact:
             if not facts.primitives.extra:
                 raise Keep(_policy.EXACT)  # it keeps its input, as it would to be run again
+            if module in _recipes.changed:
+                raise Keep(INPUT_CHANGES)
             if entry.hooks is not None:
                 raise Keep(_policy.HOOKS)
             if settings.bits_for(call.name, x, exact=False) is None:

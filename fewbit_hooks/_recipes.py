@@ -16,7 +16,8 @@ tensor is replaced by a *recipe*: what to run again, and on which kept tensors.
    recipe keeps nothing alive that autograd would not keep without it, and what it replaces is gone.
 4. The sources are held detached, with their versions, which are checked before they are used: as autograd would do.
    A tensor of which others may have got hold of the memory itself (`.data`, `.numpy()`) has no origin any more.
-5. What is detached has no origin: what is made of it may outlive the graph that keeps the sources.
+5. What is detached has no origin, nor has a view of that: what is made of it may outlive the graph that keeps the
+   sources. So a tensor with an origin leads back to the node that made it.
 6. What is computed for one of several consumers (query, key and value) is held until the last of them has had it, or
    the backward is over.
 
@@ -31,10 +32,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._errors import FewbitError, FewbitRuntimeError
+from ._graph import latest_node, nodes
 from ._hooks import Kept
+from ._modules import ModuleRef
 from ._replay import Autocast, replay, untraced, when_backward_ends
 from ._sites import Site
 from ._storages import StorageWeakRef
@@ -81,14 +84,23 @@ class Part(Protocol):
         """The tensor; computed, where it must be."""
 
 
+changed: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Modules that were to be run again on a tensor that had been changed, or that computed what was."""
+
+
 class Leaf:
-    """A kept tensor, and its version."""
+    """A kept tensor, and its version.
 
-    __slots__ = ("__weakref__", "tensor", "version")
+    Args:
+        module: that is run again on it, for whose sake it is kept; None where PyTorch keeps it.
+    """
 
-    def __init__(self, tensor: Tensor, version: int) -> None:
+    __slots__ = ("__weakref__", "module", "tensor", "version")
+
+    def __init__(self, tensor: Tensor, version: int, module: ModuleRef | None = None) -> None:
         self.tensor = tensor.detach()
         self.version = version
+        self.module = module
 
     def value(self) -> Tensor:
         """The tensor, unless it has been changed."""
@@ -96,8 +108,8 @@ class Leaf:
             raise FewbitRuntimeError(
                 f"a tensor of shape {list(self.tensor.shape)}, from which others are computed again for backward, has "
                 f"been modified by an inplace operation: it is at version {self.tensor._version}, expected "
-                f"{self.version}. Replace the inplace operation by its out-of-place form, or run the module under "
-                "`with fewbit_hooks.scope(bits=None):`."
+                f"{self.version}. {self._from_now_on()}Replace the inplace operation by its out-of-place form, or run "
+                "the module under `with fewbit_hooks.scope(bits=None):`."
             )
         if not is_allocated(self.tensor):
             raise FewbitRuntimeError(
@@ -106,6 +118,13 @@ class Leaf:
                 "layer that follows its module, or run the module under `with fewbit_hooks.scope(bits=None):`."
             )
         return self.tensor
+
+    def _from_now_on(self) -> str:
+        module = self.module() if self.module is not None else None
+        if module is None:
+            return ""
+        changed.add(module)
+        return f"From the next step on this {type(module).__name__} is not run again; for this one: "
 
 
 def is_allocated(t: Tensor) -> bool:
@@ -214,11 +233,15 @@ class Source:
 
     def part(self, depth: int) -> Part | None:
         """An anchor, or else what a recipe gives; None where there is neither."""
-        kept: Any = self._own() if self._own is not None else _known.anchor(self._storage.cdata)
+        module: ModuleRef | None = None
+        if self._own is not None:
+            kept: Any = self._own()
+        else:
+            kept, module = _known.anchor(self._storage.cdata)
         if self._own is not None and (kept is None or not is_allocated(kept)):
             return None  # it will be there again for its own module's backward, later than it is needed here
         if kept is not None and kept.dtype == self._geometry.dtype and kept._version == self._version:
-            return Leaf(self._geometry.of(kept.detach()), self._version)
+            return Leaf(self._geometry.of(kept.detach()), self._version, module)
         if self.origin is None or self.origin.geometry.dtype != self._geometry.dtype:
             return None
         recipe = self.origin.recipe(depth)
@@ -236,7 +259,18 @@ class Origin:
         site: where an activation was called that may keep its input, or not; and the step.
     """
 
-    __slots__ = ("_autocast", "_geometry", "_others", "_recipe", "_run", "_site", "_sources", "_storage", "version")
+    __slots__ = (
+        "_autocast",
+        "_geometry",
+        "_others",
+        "_recipe",
+        "_run",
+        "_site",
+        "_sources",
+        "_storage",
+        "node",
+        "version",
+    )
 
     def __init__(
         self,
@@ -249,6 +283,7 @@ class Origin:
         self._geometry = Geometry(y)
         self._storage = StorageWeakRef(y.untyped_storage())  # as long as it is held its address names no other
         self.version: int = y._version
+        self.node = latest_node([y])
         self._run = run
         self._sources = [Source(t) for t in sources]
         self._others = [weakref.ref(other) for other in others]
@@ -308,13 +343,14 @@ class _Known(threading.local):
         self.exposed: dict[int, StorageWeakRef] = {}  # as long as one is held its address names no other
         self.purge_at = KNOWN
 
-    def anchor(self, storage: int) -> Tensor | None:
+    def anchor(self, storage: int) -> tuple[Tensor | None, ModuleRef | None]:
+        """What is kept there, and the module for whose sake it is."""
         ref = self.anchors.get(storage)
         keeper = ref() if ref is not None else None
         kept: Tensor | None = keeper.tensor if keeper is not None else None
         if kept is None or kept.untyped_storage()._cdata != storage:  # the address may name another storage by now
-            return None
-        return kept
+            return None, None
+        return kept, keeper.module if isinstance(keeper, Leaf) else None
 
     def purge(self) -> None:
         if self.count() >= self.purge_at:
@@ -377,13 +413,15 @@ def anchor_by_node(t: Tensor, y: Any) -> None:
 
 def is_anchor(t: Tensor) -> bool:
     """Whether a node is known to keep the storage of `t`."""
-    return _known.anchor(t.untyped_storage()._cdata) is not None
+    return _known.anchor(t.untyped_storage()._cdata)[0] is not None
 
 
 def find(t: Tensor) -> Origin | None:
     """How `t`, or what it is a view of, came to be; None where that is not known, or `t` was changed or detached."""
     origin = _known.origins.get(t.untyped_storage()._cdata) if t.grad_fn is not None and not is_turned(t) else None
-    return origin if origin is not None and t._version == origin.version else None
+    if origin is None or t._version != origin.version:
+        return None
+    return origin if any(node._sequence_nr() == origin.node for node in nodes([t], origin.node - 1)) else None
 
 
 def expose(storage: torch.UntypedStorage) -> None:

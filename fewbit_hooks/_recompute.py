@@ -24,6 +24,7 @@ from ._dtensor import local_part
 from ._hooked import hooked
 from ._hooks import Kept, unpack
 from ._ledger import Ledger
+from ._modules import innermost_module
 from ._recompute_calls import RecomputeCall
 from ._replay import Autocast
 from ._sites import Site
@@ -185,7 +186,7 @@ def _norm(entry: Entry, call: RecomputeCall, func: Any, args: tuple[Any, ...], k
     if norm is None:
         return func(*args, **kwargs)
     x: Tensor = args[0]
-    if norm.run_again:
+    if norm.run_again and not (_recipes.changed and innermost_module() in _recipes.changed):
         run_it, ledger = functools.partial(func, *args, **kwargs), entry.scope._ledger
         return again(ledger, call.name, run_it, norm.forward, x, norm.parameters, norm.primitives)
     y = func(*args, **kwargs)
@@ -236,15 +237,23 @@ def _facts(
     shape = probe_shape(x, channels=name == "group_norm", last=max(1, len(normalized)))
     trainable = x.requires_grad, *(p.requires_grad for p in parameters)
     dtypes = tuple(p.dtype for p in parameters)
-    key = name, x.dtype, x.device, shape, trainable, dtypes, str(others), Autocast.of(x.device.type)
-    if key not in _known_facts:
-        with ops.unseen():
-            probe = torch.zeros(shape, dtype=x.dtype, device=x.device)
-            primitives = saves(lambda t: forward(t, *parameters), probe, parameters, autocast=True)
+    whole = tuple(x.shape[1:]) if name == "group_norm" else ()
+    key = name, x.dtype, x.device, shape, whole, trainable, dtypes, str(others), Autocast.of(x.device.type)
+    found = _known_facts.get(key)
+    if found is None:
+        found = _ask(forward, shape, x, parameters)
+        if name == "group_norm" and found.gain(x) >= GAIN:  # its statistics are those of a whole image
+            found = _ask(forward, (1, *x.shape[1:]), x, parameters)
         if len(_known_facts) >= _policy.MAX_PLANS:
             _known_facts.clear()
-        _known_facts[key] = primitives
-    return _known_facts[key]
+        _known_facts[key] = found
+    return found
+
+
+def _ask(forward: Callable[..., Tensor], shape: tuple[int, ...], x: Tensor, parameters: Sequence[Tensor]) -> Saves:
+    with ops.unseen():
+        probe = torch.zeros(shape, dtype=x.dtype, device=x.device)
+        return saves(lambda t: forward(t, *parameters), probe, parameters, autocast=True)
 
 
 def probe_shape(x: Tensor, *, channels: bool = False, last: int = 1) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import fewbit_hooks as fewbit
 from fewbit_hooks import _recipes, _recompute, _sites
@@ -1208,6 +1209,74 @@ def test_no_step_holds_more_than_the_first_where_somebody_else_keeps_the_output(
     model, opened = nn.Sequential(nn.Linear(64, 64), nn.GELU(), keeper), few(bits=3, recompute=True)
     held = [step(model, x, opened)[2] for _ in range(20)]
     assert max(held) == held[0] > held[4]
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((2, 8, 64, 8), 8), ((4, 64, 32, 4), 32), ((2, 16, 8, 8, 8), 16)])
+def test_of_a_group_norm_is_freed_what_is_said(shape: tuple[int, ...], groups: int) -> None:
+    conv, channels = (nn.Conv2d if len(shape) == 4 else nn.Conv3d), shape[1]
+    model = nn.Sequential(conv(channels, channels, 1), nn.GroupNorm(groups, channels), conv(channels, channels, 1))
+    x, opened = torch.randn(shape), exact()
+    stock = step(model, x)
+    for _ in range(3):
+        ours = step(model, x, opened)
+    report = opened.report()
+    assert report.freed_bytes - report.stored_bytes == stock[2] - ours[2] > 0
+
+
+@pytest.mark.parametrize(
+    "view", [lambda d: d, lambda d: d.view(24, 32), lambda d: d[:, 1:]], ids=["no", "view", "slice"]
+)
+def test_what_is_made_of_a_detached_norm_outlives_the_graph_of_that(view: Callable[[Tensor], Tensor]) -> None:
+    def train(opened: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        first, second = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32)), nn.Linear(32, 8)
+        with opened:
+            h = first(torch.randn(4, 6, 32))
+            loss, d = h[..., 0].square().mean(), h.detach().requires_grad_()
+            local = second(view(d)).square().mean()
+        loss.backward()
+        with torch.no_grad():
+            for p in first.parameters():
+                p.add_(1)
+        local.backward()
+        return [d.grad, *(p.grad for p in (*first.parameters(), *second.parameters()))]
+
+    assert all(map(torch.equal, train(exact()), train(contextlib.nullcontext())))
+
+
+def test_a_view_of_a_norm_is_computed_again() -> None:
+    model, x = (
+        nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Unflatten(1, (2, 32)), nn.Linear(32, 8)),
+        torch.randn(8, 64),
+    )
+    assert step(model, x, exact())[2] < step(model, x)[2]
+
+
+class InPlace(nn.Module):
+    """A residual that is added in place, which PyTorch allows where the norm keeps a copy of its input."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.a = norm, nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x += self.a(self.norm(x))
+        return x
+
+
+@pytest.mark.parametrize("norm", [LlamaRMSNorm, nn.RMSNorm])
+def test_a_norm_whose_input_is_changed_in_place_raises_once(norm: type[nn.Module]) -> None:
+    model, x = (
+        nn.Sequential(nn.Linear(64, 64), InPlace(norm(64)), nn.Linear(64, 8)).bfloat16(),
+        torch.randn(8, 64).bfloat16(),
+    )
+    stock, opened, name = step(model, x), exact(), norm.__name__
+    with pytest.raises(
+        fewbit.FewbitError, match=f"From the next step on this {name} is not run again; for this one: Rep"
+    ):
+        step(model, x, opened)
+    for _ in range(3):
+        assert bit_equal(step(model, x, opened), stock)
 
 
 def test_an_output_that_something_else_keeps_is_used_with_a_bit(x: Tensor) -> None:
