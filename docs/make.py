@@ -115,7 +115,8 @@ def _errors(name: str, **parameters: str) -> str:
 
 def main() -> None:
     (DOCS / "memory.md").write_text(page_memory.memory_page(), encoding="utf-8")
-    (DOCS / "faq.md").write_text(page_memory.faq_page(), encoding="utf-8")
+    for page in (DOCS / "faq.md", DOCS.parent / "README.md"):
+        page.write_text(page_memory.with_short_table(page), encoding="utf-8")
     (DOCS / "speed.md").write_text(page_speed.speed_page(), encoding="utf-8")
     page_speed.draw()
     (DOCS / "operations.md").write_text(page_operations.operations_page(), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""docs/memory.md and the FAQ's table, from the CSV that `benchmarks/bench_memory.py` writes."""
+"""docs/memory.md, and the table of the README and the FAQ, from the CSV that `benchmarks/bench_memory.py` writes."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def memory_page(path: Path = CSV) -> str:
     return "\n".join([*lines, *_lessons(cases)]) + "\n"
 
 
-FAQ_MARKS = "<!-- docs/make.py writes this table -->\n", "<!-- end -->"
-FAQ_ROWS = (
+SHORT_MARKS = "<!-- docs/make.py writes this table -->\n", "<!-- end -->"
+SHORT_ROWS = (
     ("roberta-base", "full"),
     ("roberta-base", "LoRA"),
     ("vit-base", "full"),
@@ -85,20 +85,20 @@ FAQ_ROWS = (
     ("mobilenet-v2", "full"),
     ("resnet-50", "full"),
 )
-FAQ_SETTINGS = ("exact", "3 bits", "exact, recompute")
+SHORT_SETTINGS = ("exact", "3 bits", "exact, recompute")
 
 
-def faq_page() -> str:
-    """The text of faq.md, its table of memory made anew."""
+def with_short_table(page: Path) -> str:
+    """The text of a page, its table of memory made anew."""
     cases, rows = _read(CSV), []
-    for model, training in FAQ_ROWS:
+    for model, training in SHORT_ROWS:
         case = cases[model, training, "bfloat16"]
         name, _ = _names(case)
-        rows.append([name, training, *(_percent(_share(case[setting])) for setting in FAQ_SETTINGS)])
-    table = _table(["model", "training", *FAQ_SETTINGS], rows)
-    before, rest = (DOCS / "faq.md").read_text(encoding="utf-8").split(FAQ_MARKS[0])
-    _, after = rest.split(FAQ_MARKS[1])
-    return before + FAQ_MARKS[0] + "\n".join(table) + "\n" + FAQ_MARKS[1] + after
+        rows.append([name, training, *(_percent(_share(case[setting])) for setting in SHORT_SETTINGS)])
+    table = _table(["model", "training", *SHORT_SETTINGS], rows)
+    before, rest = page.read_text(encoding="utf-8").split(SHORT_MARKS[0])
+    _, after = rest.split(SHORT_MARKS[1])
+    return before + SHORT_MARKS[0] + "\n".join(table) + "\n" + SHORT_MARKS[1] + after
 
 
 def _read(path: Path) -> dict[tuple[str, str, str], Settings]:

@@ -100,12 +100,14 @@ def compare(step: Callable[[], Tensor], bits: Any = (1, 2, 3, 4), **options: Any
         A `Comparison`.
 
     Raises:
-        FewbitTypeError: the step did not return a scalar tensor with a graph.
+        FewbitTypeError: the step is no function, or did not return a scalar tensor with a graph.
         FewbitError: the step's graph has no leaf that requires grad.
 
     Restored afterwards: the random number generators of torch (every device), numpy and Python, and the buffers of
     every module that ran (BatchNorm's statistics). Gradients are not accumulated: `.grad` is not touched.
     """
+    if not callable(step):
+        raise FewbitTypeError(f"compare() takes a function without arguments that returns the loss, got {step!r}")
     settings = list(bits) if isinstance(bits, (list, tuple, range)) else [bits]
     opened = [scope(b, **options) for b in settings]  # a wrong argument is told before anything runs
     with generators_restored(), buffers_restored(), scope(bits=None):

@@ -76,6 +76,8 @@ def profile(
     and so not here.
     """
     bits = check_bits(bits)
+    if not callable(model):
+        raise FewbitTypeError(f"profile() takes a model, or a step that returns its loss, got {model!r}")
     recorder = Recorder()
     args, kwargs = _arguments(batch)
     user = list(tensors_in((args, kwargs)))

@@ -114,8 +114,12 @@ def _from_function(name: str) -> tuple[Any, Any]:
         sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(path), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise FewbitError(f"{name}: {error}. It must be package.module:function, importable from here.") from error
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise FewbitError(f"{name} must be a function that can be called without arguments: {error}") from error
     made = function()
     if not isinstance(made, tuple) or len(made) != 2 or not callable(made[0]):
         raise FewbitError(f"{name} must return a model (or a step) and a batch, got {type(made).__name__}")

@@ -44,14 +44,13 @@ def draw(profile: Profile, path: str | PathLike[str]) -> None:
     left.set_xlim(0, 1.2 * max((nbytes for _, nbytes, *_ in bars), default=MIB) / MIB or 1)
     left.set_xlabel("MiB, each storage once")
     left.set_title("who keeps it", loc="left", color=INK, fontsize=11)
-    left.legend(loc="lower right", frameon=False, labelcolor=INK)
 
     names = ["stock", *(prediction.setting for prediction in profile.predictions)]
     codes = [0.0, *(prediction.stored_bytes / MIB for prediction in profile.predictions)]
     held = [profile.nbytes / MIB, *(prediction.held_bytes / MIB for prediction in profile.predictions)]
     others = [h - c for h, c in zip(held, codes, strict=True)]
-    right.barh(names, others, color=KEPT, height=0.65, label="as it is")
-    right.barh(names, codes, left=others, color=CODES, height=0.65, label="stored")
+    right.barh(names, others, color=KEPT, height=0.65)
+    stored = right.barh(names, codes, left=others, color=CODES, height=0.65, label="stored in its place")
     for place, width in enumerate(held):
         change = f"  {100 * (width / held[0] - 1):+.1f} %" if place and held[0] else ""
         right.text(width, place, change, va="center", color=MUTED, fontsize=8.5)
@@ -60,7 +59,8 @@ def draw(profile: Profile, path: str | PathLike[str]) -> None:
     right.margins(y=0.25)
     right.set_xlabel("MiB held for backward")
     right.set_title("what a scope would leave", loc="left", color=INK, fontsize=11)
-    right.legend(loc="lower right", ncols=2, frameon=False, labelcolor=INK)
+    handles = [*left.get_legend_handles_labels()[0], stored]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, labelcolor=INK)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=INK, labelsize=9)

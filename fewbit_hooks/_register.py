@@ -80,7 +80,7 @@ def register(
             over a tensor that requires grad (a learned slope) runs as it is, uncompressed.
         name: as reports and `bits={"name": ...}` use it; the function's own name by default.
         derivative: `derivative(x, **parameters)` of a float64 tensor; by default autograd's, taken on the quantizer's
-        grid.
+            grid. It may be another function than the true derivative, a surrogate gradient say.
         even: the derivative is even, so that |x| is coded, at 3 to 6 times less error.
         jumps: where the derivative jumps.
         weight, interval: what its codebooks are optimal for, as `codebook()` takes them.
@@ -95,7 +95,11 @@ def register(
         )
     if not callable(function):
         raise FewbitTypeError(f"register takes a function of a tensor, got {function!r}")
+    if derivative is not None and not callable(derivative):
+        raise FewbitTypeError(f"register: derivative must be a function of a tensor, got {derivative!r}")
     name = str(name or getattr(function, "__name__", ""))
+    if not name:
+        raise FewbitValueError(f"register: {function!r} has no name. Give it one: name='my_function'")
     if not name.isidentifier() or name == "default":
         raise FewbitValueError(f"register: name must be an identifier other than 'default', got {name!r}")
     if name not in _registered and any(a.name == name for a in _activations.activations()):
@@ -103,7 +107,10 @@ def register(
             f"register: the name {name!r} is that of a built-in activation. Give another: name='my_{name}'"
         )
     first, parameters = _parameters(function, name)
-    own = tuple(float(j) for j in jumps)
+    try:
+        own = tuple(float(j) for j in jumps)
+    except (TypeError, ValueError):
+        raise FewbitTypeError(f"register: jumps must be numbers, got {jumps!r}") from None
     activation = Activation(
         name,
         function,
@@ -163,10 +170,22 @@ def _check_pointwise(activation: Activation) -> None:
         # not bit for bit: the body and the tail of a vectorised kernel may round differently
         each = torch.cat([activation.function(part) for part in x.split(13)])
     if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype or not torch.allclose(y, each):
+        undefined = isinstance(y, Tensor) and y.is_floating_point() and not bool(y.isfinite().all())
         raise FewbitValueError(
-            f"register: {activation.name} is not pointwise: each output must depend on its own input alone"
+            f"register: {activation.name} is not finite on the interval {low, high}. Give one on which it is: "
+            "interval=(low, high)"
+            if undefined
+            else f"register: {activation.name} is not pointwise: each output must depend on its own input alone"
         )
     if not np.isfinite(activation.derivative(grid)).all():
         raise FewbitValueError(
             f"register: the derivative of {activation.name} is not finite on the interval {low, high}"
+        )
+    positive = np.linspace(0.0, max(min(-low, high), 0.0), 65)[1:] * 0.997  # at a jump one side would be asked twice
+    there, mirrored = activation.derivative(positive), activation.derivative(-positive)
+    if activation.even and not np.allclose(there, mirrored, rtol=1e-6, atol=1e-6):
+        x = positive[np.abs(there - mirrored).argmax()]
+        raise FewbitValueError(
+            f"register: even=True says that the derivative of {activation.name} is the same at x and -x, but at "
+            f"{x:.4g} and {-x:.4g} it is not. Leave even=True out"
         )

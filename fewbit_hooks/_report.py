@@ -11,6 +11,7 @@ from typing import Any
 from . import _modules
 from ._errors import FewbitError
 from ._ledger import CODES, HELD, OUTPUT, RECOMPUTED, Ledger
+from ._policy import disabled
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,8 @@ class Report:
         }
 
     def __str__(self) -> str:
+        if not self.rows and disabled():
+            return "FEWBIT_DISABLE is set in the environment: scopes do nothing"
         if not self.rows:
             return "no recognised activation has been called with an input that requires grad"
         table = [_HEAD, *self._cells(), self._total()]
@@ -134,12 +137,16 @@ class Report:
                 f"held for backward by these calls: {human(self.held_bytes)} instead of {human(self.original_bytes)} "
                 f"({change:+.1f} %)"
             )
+        signs = {_bits(row) for row in self.rows}
+        lines += [f"{sign}: {meaning}" for sign, meaning in _SIGNS.items() if sign in signs]
         return "\n".join(lines)
 
     def to_markdown(self) -> str:
         """The table in markdown."""
         table = [_HEAD, ["---", "---", *["---:"] * 5, "---"], *self._cells(), self._total()]
         return "\n".join("| " + " | ".join(cells) + " |" for cells in table)
+
+    _repr_markdown_ = to_markdown  # what a notebook shows
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw original, held and freed bytes by activation and module into a file (PNG, SVG, PDF).
@@ -171,7 +178,7 @@ class Report:
         axes.invert_yaxis()
         axes.set_xlabel("MiB held for backward")
         axes.set_title(f"{human(self.original_bytes)} in stock PyTorch, {human(self.held_bytes)} now")
-        axes.legend(loc="lower right", frameon=False)
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(path, dpi=150)
 
@@ -224,6 +231,11 @@ def _bits(row: ReportRow) -> str:
     return {OUTPUT: f"y+{row.bits}", RECOMPUTED: "again"}.get(row.how, str(row.bits))
 
 
+_SIGNS = {
+    "y+0": "the derivative is taken from the output, which something else keeps",
+    "y+1": "the derivative is taken from the output, which something else keeps, and 1 bit an element",
+    "again": "computed again in backward, bit for bit",
+}
 _HEAD = ["activation", "module", "calls", "bits", "original", "stored", "freed", "reason"]
 
 

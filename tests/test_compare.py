@@ -112,3 +112,10 @@ def test_what_counts_is_the_step_after_learning() -> None:
     x = torch.randn(64, 32)
     (learned,) = fewbit.compare(lambda: model(x).square().mean(), bits=1, min_bytes=0).rows
     assert learned.relative_error < 0.005  # from the output, which the second Linear keeps; 1 bit alone has 20 %
+
+
+def test_what_is_no_step_is_refused() -> None:
+    with pytest.raises(fewbit.FewbitTypeError, match="takes a function without arguments that returns the loss, got 3"):
+        fewbit.compare(3)
+    with pytest.raises(fewbit.FewbitTypeError, match="takes a model, or a step that returns its loss, got 3"):
+        fewbit.profile(3)

@@ -150,3 +150,25 @@ def test_a_profile_is_not_begun_that_could_not_be_finished(
         main(["profile", "gpt2", *option])
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_function_of_ones_own_is_named_rightly_or_the_error_is_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text("number = 3\ndef given(x): return x\n")
+    monkeypatch.chdir(tmp_path)
+    for name, message in (
+        (":x", "Empty module name"),
+        ("mine:number", "3 is not a callable object"),
+        ("mine:given", "missing a required argument: 'x'"),
+    ):
+        assert main(["profile", name]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    script = "-m fewbit_hooks codebook sigmoid --bits 8"
+    shell = f"{sys.executable} {script} | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", shell], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 import warnings
 import weakref
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fewbit_hooks as fewbit
@@ -482,6 +484,8 @@ def root(x: Tensor) -> Tensor:
         (no_default, None, fewbit.FewbitTypeError, "no_default's parameter 'slope' needs a default"),
         (any_number, None, fewbit.FewbitTypeError, "any_number takes any number of arguments, *slopes"),
         (3, None, fewbit.FewbitTypeError, "register takes a function of a tensor, got 3"),
+        (nn.SiLU(), None, fewbit.FewbitValueError, "SiLU() has no name. Give it one: name='my_function'"),
+        (torch.log, "logarithm", fewbit.FewbitValueError, "logarithm is not finite on the interval (-10.0, 10.0)"),
     ],
 )
 def test_what_cannot_be_registered_is_refused_with_the_reason(
@@ -492,6 +496,29 @@ def test_what_cannot_be_registered_is_refused_with_the_reason(
         fewbit.register(function, name)
     assert message in str(raised.value)
     assert fewbit.activations() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            {"even": True},
+            fewbit.FewbitValueError,
+            "even=True says that the derivative of my_silu is the same at x and -x",
+        ),
+        ({"jumps": "a"}, fewbit.FewbitTypeError, "jumps must be numbers, got 'a'"),
+        ({"derivative": 3}, fewbit.FewbitTypeError, "derivative must be a function of a tensor, got 3"),
+    ],
+)
+def test_what_is_said_wrongly_of_a_function_is_refused(arguments: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        fewbit.register(F.silu, "my_silu", **arguments)
+
+
+def test_a_derivative_that_is_even_but_where_it_jumps_may_be_called_so() -> None:
+    clipped = fewbit.register(lambda x: x.clamp(-1.25, 1.25) + torch.tanh(x), "clipped", even=True, jumps=(-1.25, 1.25))
+    assert clipped is not None
+    assert fewbit.codebook("clipped", 2).folded
 
 
 def test_a_function_that_overwrites_its_input_is_refused_when_it_does() -> None:

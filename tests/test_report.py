@@ -104,3 +104,24 @@ def test_a_row_of_a_model_that_is_gone_has_its_modules_class() -> None:
         y = nn.Sequential(nn.Linear(64, 64), nn.GELU())(torch.randn(8, 64))
     assert memory.report().rows[0].module == "GELU"
     assert y.requires_grad
+
+
+def test_the_signs_of_what_was_learned_are_explained() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64), nn.Softplus(), nn.Linear(64, 64))
+    scope = fewbit.scope(min_bytes=0)
+    for step in range(3):
+        with scope:
+            loss = model(torch.randn(64, 64)).square().mean()
+        loss.backward()
+        text = str(scope.report())
+        assert [f"\n{sign}: the derivative is taken from the output" in text for sign in ("y+0", "y+1")] == [
+            step == 2
+        ] * 2
+    assert scope.report()._repr_markdown_() == scope.report().to_markdown()
+
+
+def test_a_report_of_scopes_that_are_disabled_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEWBIT_DISABLE", "1")
+    with fewbit.scope() as memory:
+        torch.nn.functional.gelu(torch.randn(4, requires_grad=True))
+    assert "FEWBIT_DISABLE" in str(memory.report())
