@@ -23,7 +23,20 @@ import torch
 from torch import Tensor, nn
 
 from about import about
-from bench_step import DTYPES, LEARN, MODELS, ROWS, ROWS_ON_A_GPU, Case, Runner, Way, available, roberta, there
+from bench_step import (
+    DTYPES,
+    LEARN,
+    MODELS,
+    ROWS,
+    ROWS_ON_A_GPU,
+    Case,
+    Runner,
+    Way,
+    available,
+    does_something,
+    roberta,
+    there,
+)
 
 COLUMNS = ("model", "dtype", "row", "budget_bytes", "batch", "of_stock", "bytes", "machine", "versions", "date")
 PAPER = "11.30 GiB stock, 9.75 GiB at 3 bits (-13.8 %): peak memory on a GPU, optimizer and parameters included"
@@ -35,13 +48,13 @@ class Sized:
 
     def __init__(self, way: Way, model: nn.Module, batch: dict[str, Tensor]) -> None:
         self._sample = {name: t[:1] for name, t in batch.items()}
-        self._runner = Runner(way, model, batch)
+        self.runner = Runner(way, model, batch)
         for _ in range(LEARN):
-            self._runner.seconds()
+            self.runner.seconds()
 
     def bytes(self, batch: int) -> int:
         """What has to fit; more than anything where the device has no more."""
-        runner = self._runner
+        runner = self.runner
         runner.batch = {name: t.repeat_interleave(batch, 0) for name, t in self._sample.items()}
         try:
             return runner.peak() or runner.held()
@@ -71,7 +84,10 @@ def search(name: str, rows: dict[str, Way], budget: int, device: str, dtype: str
     model, batch = there(MODELS[name], device, DTYPES[dtype])
     table: list[dict[str, Any]] = []
     for row, way in rows.items():
-        found, needed = largest(Sized(way, model, batch), budget)
+        sized = Sized(way, model, batch)
+        if not does_something(row, sized.runner, model):
+            continue
+        found, needed = largest(sized, budget)
         of_stock = found / table[0]["batch"] if table and table[0]["batch"] else 1.0
         figures = {"budget_bytes": budget, "batch": found, "of_stock": round(of_stock, 3), "bytes": needed}
         table.append({"model": name, "dtype": dtype, "row": row} | figures)
@@ -117,11 +133,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     table = []
     for name in arguments.models or names:
         table += search(name, rows, budget, arguments.device, arguments.dtype)
-    if arguments.csv:
-        with open(arguments.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(row | known for row in table)
+        if arguments.csv:  # after each model: they take minutes
+            with open(arguments.csv, "w", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(row | known for row in table)
 
 
 if __name__ == "__main__":

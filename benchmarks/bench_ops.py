@@ -3,7 +3,9 @@
     python benchmarks/bench_ops.py [--quick] [--bits N [N ...]] [--csv PATH] [OP ...]
 
 All runs of an operation share one process and are interleaved, so that whatever else the machine does hits them alike;
-figures are medians. Runs on the first CUDA device where there is one, else on the CPU. The ways:
+figures are medians. Runs on the first CUDA device where there is one, else on the CPU. On CUDA the time is the
+device's: what the host takes to launch is hidden behind a head start; and nothing of a tensor is in the cache when a
+run begins. The ways:
 
     hooks, fused      the operation under `scope(engine=...)`, forward and backward; `ratio` is to stock's
     torch, numba,     the coding alone, encode and decode, by each backend that works there; `ratio` is to the
@@ -76,9 +78,16 @@ HEAD_START = 2_000_000
 """Cycles that the device is kept busy before a run: about 1 ms, in which the host makes the launches."""
 
 
+@functools.cache
+def _flush(device: torch.device) -> Tensor:
+    """More than any cache holds: written before a run, it leaves nothing of others there."""
+    return torch.empty(2**28, dtype=torch.uint8, device=device)
+
+
 def seconds(run: Callable[[], object], device: torch.device) -> float:
     """One run, by the device's own clock."""
     if device.type == "cuda":
+        _flush(device).zero_()
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda._sleep(HEAD_START)
         start.record()

@@ -250,7 +250,7 @@ class Runner:
         known = [*self.model.parameters(), *self.model.buffers(), *self.batch.values()]
         if isinstance(self.model, torch._dynamo.OptimizedModule):
             return sum(held_for_backward(self.forward(), known).values())
-        with Made() as made:
+        with Made(self._device) as made:
             loss = self.forward()
         held = made.bytes_alive(known) - loss.untyped_storage().nbytes()
         loss.backward()
@@ -265,16 +265,17 @@ class Runner:
 
 
 class Made(TorchDispatchMode):
-    """Remembers, weakly, the storages of all results."""
+    """Remembers, weakly, the storages of all results on a device; what is offloaded is not held there."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
+        self._device = device
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for t in tree_leaves(result):
-            if isinstance(t, Tensor):
+            if isinstance(t, Tensor) and t.device == self._device:
                 storage = t.untyped_storage()
                 self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         return result
@@ -287,29 +288,36 @@ class Made(TorchDispatchMode):
         return sum(nbytes for _, nbytes in storages.values())
 
 
+def does_something(row: str, runner: Runner, model: nn.Module) -> bool:
+    """Whether a row is not stock by another name: a model that transformers does not checkpoint."""
+    return "checkpoint" not in row or runner.model is not model
+
+
 def difference(gradients: list[Tensor], stock: list[Tensor]) -> float:
     """Relative L2 distance of two gradients."""
     pairs = [(a.float(), b.float()) for a, b in zip(gradients, stock, strict=True)]
     return float(sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)) ** 0.5
 
 
-def there(case: Case, device: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The model, in training mode, and its batch."""
+def there(case: Case, device: str, dtype: torch.dtype, times: int = 1) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model, in training mode, and its batch, so many times."""
     model, batch = case.build()
-    batch = {name: t.to(device, dtype if t.is_floating_point() else None) for name, t in batch.items()}
+    batch = {
+        name: t.repeat_interleave(times, 0).to(device, dtype if t.is_floating_point() else None)
+        for name, t in batch.items()
+    }
     return model.train().to(device, dtype), batch
 
 
 def measure(
-    case: Case, rounds: int, rows: dict[str, Way], device: str, dtype: torch.dtype
+    case: Case, rounds: int, rows: dict[str, Way], device: str, dtype: torch.dtype, times: int = 1
 ) -> dict[str, dict[str, float]]:
     """The figures of a model, by row and column."""
     torch.manual_seed(0)
     torch._dynamo.reset()
-    model, batch = there(case, device, dtype)
+    model, batch = there(case, device, dtype, times)
     runners = {name: Runner(way, model, batch) for name, way in rows.items()}
-    for name in [name for name in runners if "checkpoint" in name and runners[name].model is model]:
-        del runners[name]  # a model that transformers does not checkpoint
+    runners = {name: runner for name, runner in runners.items() if does_something(name, runner, model)}
     for runner in runners.values():
         for _ in range(LEARN):
             runner.seconds()
@@ -323,17 +331,17 @@ def measure(
         }
         for name, runner in runners.items()
     }
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runners}
     order, chance = list(runners), random.Random(0)
     gc.collect()
     gc.disable()  # its pauses hit a row at random
     for _ in range(rounds):
         chance.shuffle(order)  # no row has always the same before it, whose caches it finds
         for name in order:
-            times[name].append(runners[name].seconds())
+            taken[name].append(runners[name].seconds())
     gc.enable()
     for name, row in figures.items():
-        pairs = list(zip(times[name], times["stock"], strict=True))
+        pairs = list(zip(taken[name], taken["stock"], strict=True))
         wall = [mine[0] / stock[0] for mine, stock in pairs]
         row["seconds"] = statistics.median(mine[0] for mine, _ in pairs)
         row["lower"], row["time"], row["upper"] = statistics.quantiles(wall, n=4) if rounds > 1 else wall * 3
@@ -353,7 +361,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch; all of them where not given")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the parameters (default: float32)")
-    parser.add_argument("--rows", metavar="TEXT", help="only the first row, and those whose names contain this")
+    parser.add_argument("--rows", metavar="TEXT", help="only the first rows, and those whose names contain this")
+    parser.add_argument("--eager", action="store_true", help="none that are compiled, which takes minutes for each")
+    parser.add_argument("--times", type=int, default=1, metavar="N", help="the batch so many times (default: 1)")
     parser.add_argument("--csv", metavar="PATH", help="write the table there too")
     arguments = parser.parse_args(argv)
     for name in arguments.models:
@@ -364,6 +374,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = ROWS if arguments.device == "cpu" else {**ROWS, **ROWS_ON_A_GPU}
     if arguments.rows:
         rows = {name: way for name, way in rows.items() if name.startswith("stock") or arguments.rows in name}
+    if arguments.eager:
+        rows = {name: way for name, way in rows.items() if not name.startswith("compiled")}
 
     known = about(("numba", "transformers", "peft"))
     print(f"machine  {known['machine']}\nversions {known['versions']}")
@@ -380,7 +392,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in arguments.models or (available() if cases is MODELS else cases):
         case = cases[name]
         rounds = -(-case.rounds // 20) if arguments.quick else case.rounds
-        for row, f in measure(case, rounds, rows, arguments.device, DTYPES[arguments.dtype]).items():
+        dtype = DTYPES[arguments.dtype]
+        for row, f in measure(case, rounds, rows, arguments.device, dtype, arguments.times).items():
             spread = f"{f['time']:.3f} ({f['lower']:.3f}-{f['upper']:.3f})"
             held = f"{f['held_bytes'] / 2**20:>9.2f}  {f['held']:>6.3f}"
             print(

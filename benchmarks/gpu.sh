@@ -3,13 +3,13 @@
 #
 #     sh benchmarks/gpu.sh [FOLDER [PART ...]]
 #
-# FOLDER: where the CSVs go; $OUT, else benchmarks/results. PART: of tests, kernels, ops, step, batch and paper; all of them, in this
-# order, where none is given. Each part runs even if one before it failed; the exit status is that of the last failure.
+# FOLDER: where the CSVs go; $OUT, else benchmarks/results. PART: of tests, kernels, ops, step, batch, paper and compiled; all of them, in
+# this order, where none is given. Each part runs even if one before it failed; the exit status is that of the last failure.
 set -u
 cd "$(dirname "$0")/.."
 out=${1:-${OUT:-benchmarks/results}}
 [ $# -gt 0 ] && shift
-parts=${*:-tests kernels ops step batch paper}
+parts=${*:-tests kernels ops step batch paper compiled}
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
@@ -22,10 +22,15 @@ status=0
 export PYTEST_ADDOPTS="${PYTEST_ADDOPTS:-} -W ignore::pytest.PytestConfigWarning"
 
 both_dtypes() { # in bfloat16 first: it is what the targets are for
+    name=$1
+    shift
     for dtype in bfloat16 float32; do
-        python3 "benchmarks/bench_$1.py" --device cuda --dtype $dtype --csv "$out/$1-$dtype-$gpu.csv" || status=$?
+        python3 "benchmarks/bench_$name.py" --device cuda --dtype $dtype --csv "$out/$name-$dtype-$gpu.csv" "$@" || status=$?
     done
 }
+
+# 1,500 tests, each of which compiles a kernel
+many=$(python3 -c 'import xdist' 2>/dev/null && echo "-n 8")
 
 for part in $parts; do
     case $part in
@@ -34,13 +39,20 @@ for part in $parts; do
         python3 -m fewbit_hooks doctor || status=$?
         ;;
     kernels) # their own tests run on the device, and not by Triton's interpreter, where there is one
-        python3 -m pytest -q -p no:cacheprovider tests/test_triton.py tests/test_kernels.py tests/test_fused.py tests/test_gated.py || status=$?
+        python3 -m pytest -q -p no:cacheprovider $many tests/test_triton.py tests/test_kernels.py tests/test_fused.py tests/test_gated.py || status=$?
         ;;
     ops) python3 benchmarks/bench_ops.py --csv "$out/ops-$gpu.csv" || status=$? ;;
-    step | batch) both_dtypes $part ;; # they need transformers
+    step) both_dtypes step --eager --times 8 ;; # batches for a CPU would time the launches; it needs transformers
+    compiled) # three compilations of minutes for each
+        for model in roberta-2-layers vit-4-layers; do
+            python3 benchmarks/bench_step.py $model --rows compiled --device cuda --dtype bfloat16 --times 8 \
+                --csv "$out/compiled-$model-$gpu.csv" || status=$?
+        done
+        ;;
+    batch) both_dtypes batch ;; # it needs transformers, too
     paper) python3 benchmarks/bench_batch.py --device cuda --paper || status=$? ;;
     *)
-        echo "benchmarks/gpu.sh: no part '$part'; there are tests, kernels, ops, step, batch and paper" >&2
+        echo "benchmarks/gpu.sh: no part '$part'; there are tests, kernels, ops, step, batch, paper and compiled" >&2
         exit 2
         ;;
     esac

@@ -117,8 +117,9 @@ def speed_page(path: Path = CSV, batches: Path = BATCHES) -> str:
 
 def _largest_batches(path: Path) -> str:
     models = read(path)
-    first = next(iter(models.values()))
-    ways = [row["row"] for row in first if row["row"] != "scope(bits=3, engine='fused')"]  # holds what the hooks hold
+    first, *others = models.values()
+    every = dict.fromkeys(row["row"] for rows in (first, *others) for row in rows)  # some are not of every model
+    ways = [way for way in every if way != "scope(bits=3, engine='fused')"]  # holds what the hooks hold
     lines = [
         BATCH.format(mib=int(first[0]["budget_bytes"]) >> 20),
         "| | " + " | ".join(ways) + " |",
