@@ -143,8 +143,11 @@ def test_the_page_says_what_the_csv_says() -> None:
     assert all(f"| {row['model']}" in page for row in rows)
 
 
-def test_the_faqs_table_is_of_the_same_csv() -> None:
-    assert (page_memory.DOCS / "faq.md").read_text(encoding="utf-8") == page_memory.faq_page()
+@pytest.mark.parametrize(
+    "page", [page_memory.DOCS / "faq.md", page_memory.DOCS.parent / "README.md"], ids=lambda p: p.name
+)
+def test_the_short_table_is_of_the_same_csv(page: Path) -> None:
+    assert page.read_text(encoding="utf-8") == page_memory.with_short_table(page)
 
 
 def test_the_page_can_be_made_of_a_quick_run(table: Table, tmp_path: Path) -> None:
