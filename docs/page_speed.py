@@ -49,7 +49,7 @@ LESSONS = """\
   most 2 % of a step, ViT's; of the launch-bound one's 5 %), and the graph keeps a fifth less (ViT, GPT-2, RoBERTa).
   Nothing is learned there, so that the gradients have the error of 3 bits where an eager scope has that of one bit
   beside the output. Llama's compiled graph keeps the SwiGLU's inputs for the product anyway.
-- **Where nothing helps** (ResNet) a learned scope costs nothing.
+- **Where nothing helps** (ResNet) a learned scope costs 1 to 3 % of the time.
 - **Cheap models pay most**: a coded call costs some tenths of a millisecond of Python, forward and backward.
   MobileNetV2, which makes 35 of them in a step of 0.12 s at 160 x 160 pixels, takes 10 % longer on the CPU; at its own
   size, 224 x 224, no more than the noise there. The launch-bound model makes six in 22 ms, and pays a sixth.

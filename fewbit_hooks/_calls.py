@@ -47,10 +47,6 @@ class Call:
     one_node: Callable[..., Tensor] | None = None
     fixed: tuple[tuple[str, Any], ...] = ()
 
-    def input(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The tensor that the activation is applied to."""
-        return input_of(args, kwargs)
-
     def parameters(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
         """The activation's parameters, and whether this call overwrites its input.
 

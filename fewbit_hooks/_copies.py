@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._calls import Call, _callables, register_call
+from ._calls import Call, _callables, input_of, register_call
 from ._stack import Entry
 
 RECENT = 8
@@ -42,7 +42,7 @@ def run(entry: Entry, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         return padded
     copy = inside(args, kwargs, padded)
     if copy is not None:
-        y = COPY.input(args, kwargs)
+        y = input_of(args, kwargs)
         storage = y.untyped_storage()._cdata
         for watch in reversed(watches[-RECENT:]):
             if watch.output.cdata == storage:
@@ -60,7 +60,7 @@ def inside(args: tuple[Any, ...], kwargs: Mapping[str, Any], padded: Any) -> Ten
     tensor([[1., 2.],
             [3., 4.]])
     """
-    x, pad = COPY.input(args, kwargs), args[1] if len(args) > 1 else kwargs.get("pad")
+    x, pad = input_of(args, kwargs), args[1] if len(args) > 1 else kwargs.get("pad")
     if type(x) is not Tensor or type(padded) is not Tensor or not x.requires_grad or x.layout is not torch.strided:
         return None
     if torch._C._functorch.peek_interpreter_stack() is not None or not isinstance(pad, (tuple, list)):

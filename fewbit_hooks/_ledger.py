@@ -74,10 +74,12 @@ class Pending:
 
 @dataclass(eq=False)
 class Step:
-    """What one training step saved. A packed object may refer to it: it holds no tensor, and nothing of the scope."""
+    """What one training step saved. A packed object may refer to it: it holds no tensor, and nothing of the scope but
+    what that has learned."""
 
     lock: threading.RLock
-    number: int = 0
+    sites: _sites.Sites
+    number: int
     rows: dict[RowKey, Row] = field(default_factory=dict)
     pending: dict[int, Pending] = field(default_factory=dict)
     held: dict[int, StorageWeakRef] = field(default_factory=dict)
@@ -99,6 +101,7 @@ class Step:
                     self.sweep()
                 self.look_at_watches(late=late)
                 self.backward_began = True
+                self.sites.step_ends(self.number)
             else:  # another began inside the forward, whose calls are still to be looked at
                 self.look_at_watches()
 
@@ -165,7 +168,7 @@ class Ledger:
     """The books of one scope; shared by the threads that use it.
 
     Args:
-        sites: what those learn who number their steps together.
+        sites: where is learned, and steps are numbered.
 
     Attributes:
         steps: steps that saved something.
@@ -175,7 +178,7 @@ class Ledger:
         # what the garbage collector finds while it is held, a generator say, may leave a scope on this very thread
         self._lock = threading.RLock()
         self._sites = sites
-        self.step = Step(self._lock, -1, backward_began=True)  # the one before the first
+        self.step = Step(self._lock, sites, -1, backward_began=True)  # the one before the first
         self._coming = -1
         self.steps = 0
 
@@ -214,7 +217,7 @@ class Ledger:
         with self._lock:
             if self.step.backward_began:
                 # a forward that goes on after a backward inside it, or on another thread, is still to be looked at
-                self.step = Step(self._lock, self.coming_step, watches=self.step.watches)
+                self.step = Step(self._lock, self._sites, self.coming_step, watches=self.step.watches)
                 self.steps += 1
             return self.step
 
@@ -224,8 +227,8 @@ class Ledger:
         step = self.step
         if not step.backward_began:
             return step.number
-        if self._coming <= step.number:  # once: the sites number on with the step's first call
-            self._coming = max(step.number, self._sites.latest) + 1
+        if self._coming <= step.number:
+            self._coming = self._sites.next_step(step.number)
         return self._coming
 
     def watch(self, watch: _sites.Watch) -> None:

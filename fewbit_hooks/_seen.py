@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _composites, _consumers, _copies, _policy, _recompute, _treatment, ops
-from ._calls import RECOGNISED, Call
+from ._calls import RECOGNISED, Call, input_of
 from ._composites import Composite
 from ._mask_calls import MaskCall
 from ._masks import PLAIN_DROPOUT
@@ -52,7 +52,7 @@ class Seen:
             return self._mask_call(call, function, dict(zip(call.names, args, strict=False), **kwargs), y, kept)
         if call is _copies.COPY:
             copies = _copies.inside(args, kwargs, y) is not None
-            return {"kind": COPY, "x": self.ref(call.input(args, kwargs))} if copies else {}
+            return {"kind": COPY, "x": self.ref(input_of(args, kwargs))} if copies else {}
         if call is not None:
             return self._activation(call, function, args, kwargs, y)
         if again is not None:
@@ -70,7 +70,7 @@ class Seen:
     def _activation(
         self, call: Call, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor | None
     ) -> What:
-        x = call.input(args, kwargs)
+        x = input_of(args, kwargs)
         if not isinstance(x, Tensor) or not x.requires_grad or y is None:
             return {}
         what = self._input(ACTIVATION, call, x)

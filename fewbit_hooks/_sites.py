@@ -390,7 +390,7 @@ class Trainable:
     listed: int = 0
     looked: int = -1
     state: int = -1
-    _states: dict[tuple[bool, ...], int] = field(default_factory=dict)
+    _states: dict[tuple[bool | None, ...], int] = field(default_factory=dict)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def renew(self, model: nn.Module, step: int) -> None:
@@ -399,17 +399,20 @@ class Trainable:
 
     def look(self, model: nn.Module, step: int) -> None:
         """Read the flags."""
-        parameters = [ref() for ref in self.parameters]
-        if step - self.listed > LOOK_AGAIN or any(p is None for p in parameters):
+        flags = self._flags()
+        if step - self.listed > LOOK_AGAIN or None in flags:
             self.renew(model, step)
-            parameters = [ref() for ref in self.parameters]
-        flags = tuple([p is not None and p.requires_grad for p in parameters])
+            flags = self._flags()
         self.looked, self.state = step, self._states.pop(flags, -1)
         if self.state < 0:
             self.state = next(self._numbers)
         self._states[flags] = self.state  # the latest last
         if len(self._states) > STATES:
             self._states.pop(next(iter(self._states)), None)  # another thread may have done it
+
+    def _flags(self) -> tuple[bool | None, ...]:
+        """None for one that is gone."""
+        return tuple([p.requires_grad if (p := ref()) is not None else None for ref in self.parameters])
 
 
 class _Place:
@@ -441,18 +444,24 @@ class _Place:
 
 
 class Sites:
-    """The sites of a scope, or of several.
-
-    Attributes:
-        latest: the step of the latest call.
-    """
+    """The sites of a scope, or of several, whose steps are numbered together."""
 
     def __init__(self) -> None:
-        self.latest = -1
+        self._step, self._step_is_over = -1, True
         self._places: dict[tuple[Any, ...], _Place] = {}
         self._latest: dict[tuple[Any, ...], ModuleRef] = {}  # the module that last came anew from a line of another
         self._purge_at = 1024
         self._models: weakref.WeakKeyDictionary[nn.Module, Trainable] = weakref.WeakKeyDictionary()
+
+    def next_step(self, after: int) -> int:
+        """The number of the step after one; several scopes may be entered in one step."""
+        if self._step_is_over or self._step <= after:
+            self._step, self._step_is_over = max(self._step, after) + 1, False
+        return self._step
+
+    def step_ends(self, step: int) -> None:
+        """A backward begins."""
+        self._step_is_over |= step == self._step
 
     def find(self, activation: str, step: int) -> Site | None:
         """The site from which the running call comes; None outside of any module."""
@@ -486,7 +495,6 @@ class Sites:
             trainable = self._look_at(found, module, step)
         site = found.site(module.training, trainable.state)
         site.visit(step)
-        self.latest = max(self.latest, step)
         return site
 
     def _place_of_its_maker(

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _fused, _graph, _hooks, _one_node, _policy, _recipes, _recompute, _stack
 from ._again import run_again
 from ._around import change_codes
-from ._calls import Call
+from ._calls import Call, input_of
 from ._dtensor import local_part
 from ._inverse import Itself
 from ._ledger import HELD, Ledger
@@ -30,7 +30,7 @@ SOURCE = "its output is computed again from it"
 
 def run(entry: Entry, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Make a call of a recognised activation."""
-    x = call.input(args, kwargs)
+    x = input_of(args, kwargs)
     if not isinstance(x, Tensor):
         return func(*args, **kwargs)
     function = call.one_node or func

@@ -410,6 +410,26 @@ def test_scopes_with_functions_that_are_made_anew_learn_by_themselves() -> None:
     assert len(_sites._learned) <= _sites.SETTINGS < len(many)
 
 
+def test_a_scope_for_each_block_learns_as_one_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sites, "LOOK_AGAIN", 5)
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = chain(nn.GELU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            with fewbit.scope(min_bytes=0) as self.scope:
+                y: Tensor = self.net(x)
+            return y
+
+    model, seen = nn.Sequential(*(Block() for _ in range(4))), []
+    for _ in range(9):
+        model(torch.randn(64, 64)).square().mean().backward()
+        seen.append({how(row) for block in model for row in block.scope.report().rows})
+    assert seen == [{3}, {3}, *([{"y+1"}] * 5), {3}, {3}]
+
+
 def test_two_scopes_of_equal_settings_may_take_turns() -> None:
     first, second = (fewbit.scope(min_bytes=0) for _ in range(2))
     model = chain(nn.GELU())

@@ -8,8 +8,8 @@ Byte layout, the same for every backend: the codes form one little-endian stream
     code    0 0 0 1 1 1 2 2 2 3 3 3 4 4 4 5 5 5 6 6 6 7 7 7
 
 So 8 codes are a *group* of exactly `bits` bytes, and n codes take `n * bits / 8` bytes, rounded up; the bits left over
-are 0. All work is done chunk by chunk (`_layout.CHUNK`), so that no temporary has the size of the tensor, and nothing
-makes the host wait for the device.
+are 0. All work is done chunk by chunk (`_layout.CHUNK`), so that no temporary has the size of the tensor; and neither
+encoding nor decoding makes the host wait for the device.
 """
 
 from __future__ import annotations
@@ -54,15 +54,6 @@ def encode(x: Tensor, bits: int, coder: Coder) -> Tensor:
     for start, chunk in chunks(x.detach()):
         _pack(coder(chunk).view(torch.uint8), bits, packed[start * bits // 8 :])
     return packed
-
-
-def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Pack uint8 codes, or booleans, as they are.
-
-    >>> pack_bits(torch.tensor([1, 2, 3], dtype=torch.uint8), 3)  # 0b011'010'001
-    tensor([209,   0], dtype=torch.uint8)
-    """
-    return encode(codes, bits, as_they_are)
 
 
 def as_they_are(chunk: Tensor) -> Tensor:
@@ -224,7 +215,7 @@ def is_finite(x: Tensor) -> bool:
 
 
 def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
-    """The n codes that `pack_bits` packed, as uint8.
+    """The n codes that were packed as they are, as uint8.
 
     >>> unpack_bits(torch.tensor([209, 0], dtype=torch.uint8), 3, 3)
     tensor([1, 2, 3], dtype=torch.uint8)
