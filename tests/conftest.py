@@ -41,13 +41,18 @@ def nothing_is_left_open() -> Iterator[None]:
     """No test leaves a scope, a mode or a hook behind."""
     torch.manual_seed(0)
     _compiled.traced = False  # as in a process in which nothing was compiled
-    _sites._learned.clear()
+    forget_what_was_learned()
     modes = torch._C._len_torch_function_stack()
     yield
     assert fewbit.active() is None
     assert not _stack.entries()
     assert torch._C._len_torch_function_stack() == modes
     assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+
+
+def forget_what_was_learned() -> None:
+    """A scope that is made now learns from the beginning, and not on from others of its settings."""
+    _sites._learned.clear()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, vmap
 
 import fewbit_hooks as fewbit
 
-from .conftest import normed, quiet
+from .conftest import forget_what_was_learned, normed, quiet
 
 SETTINGS: list[dict[str, Any]] = [{"bits": 1}, {"exact": True}, {"bits": 1, "recompute": True}]
 
@@ -102,7 +102,8 @@ def test_gradients_accumulate_over_microbatches_as_over_the_batch(settings: dict
     whole = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
     for part in x.chunk(4):
-        with quiet(**settings):  # a new one, which has learned nothing either
+        forget_what_was_learned()
+        with quiet(**settings):
             loss = net(part).sum()
         loss.backward()
     for p, expected in zip(net.parameters(), whole, strict=True):

@@ -108,7 +108,9 @@ def test_sixteen_bit_gradients_are_rounded_where_stocks_are() -> None:
 def test_nan_and_infinities_give_the_gradients_that_they_give_in_stock(name: str) -> None:
     gate = torch.tensor([float("nan"), float("inf"), -float("inf"), 1.0] * 8, dtype=torch.float64)
     up = torch.ones_like(gate)
-    expected = torch.autograd.grad((CALLS[name](gate.requires_grad_()) * up.requires_grad_()).sum(), (gate, up))
+    # one by one: at NaN the gradient of elu and hardswish is NaN where the CPU computes vectors, and there alone
+    apart = zip(gate.requires_grad_().split(1), up.requires_grad_().split(1), strict=True)
+    expected = torch.autograd.grad(torch.cat([CALLS[name](g) * u for g, u in apart]).sum(), (gate, up))
     one = torch.ones(32, device=DEVICE)
     found = _triton_gated.backward(*formula(name, torch.float32), one, gate.detach().to(DEVICE, torch.float32), one)
     for ours, stock in zip(found, expected, strict=True):

@@ -31,7 +31,7 @@ from fewbit_hooks import _policy
 from fewbit_hooks._hooks import Packed
 from fewbit_hooks.ops import _dispatch
 
-from .conftest import torch_threads
+from .conftest import forget_what_was_learned, torch_threads
 
 
 @pytest.fixture(autouse=True)
@@ -568,6 +568,7 @@ def test_a_backward_under_compiled_autograd_gives_the_gradients_that_it_gave(
 
     def run(backward_in: Any) -> list[Tensor]:
         net.zero_grad()
+        forget_what_was_learned()
         with fewbit.scope(min_bytes=0, **settings):
             loss = net(x).square().mean()
         with backward_in:

@@ -25,7 +25,7 @@ from fewbit_hooks import ops
 from fewbit_hooks._standins import all_values
 from fewbit_hooks.ops import _beside, _dispatch, _layout, _torch, _two_values
 
-from .conftest import torch_threads
+from .conftest import forget_what_was_learned, torch_threads
 from .hard_cases import BITS, DTYPES, boundaries_for, hard_values, random_codes, views
 
 # the interpreter computes in numpy, which warns where a GPU does not
@@ -469,6 +469,7 @@ def test_where_it_works_the_kernels_are_used_and_a_step_is_what_it_was(
 
     def gradients() -> list[Tensor]:
         """Of three steps: from codes, then beside the outputs that were learned to be kept."""
+        forget_what_was_learned()
         scope, found = fewbit.scope(min_bytes=0), []
         for _ in range(3):
             torch.manual_seed(0)
