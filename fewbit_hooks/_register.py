@@ -181,11 +181,16 @@ def _check_pointwise(activation: Activation) -> None:
         raise FewbitValueError(
             f"register: the derivative of {activation.name} is not finite on the interval {low, high}"
         )
-    positive = np.linspace(0.0, max(min(-low, high), 0.0), 65)[1:] * 0.997  # at a jump one side would be asked twice
-    there, mirrored = activation.derivative(positive), activation.derivative(-positive)
-    if activation.even and not np.allclose(there, mirrored, rtol=1e-6, atol=1e-6):
-        x = positive[np.abs(there - mirrored).argmax()]
+    if activation.even:
+        _check_even(activation)
+
+
+def _check_even(activation: Activation) -> None:
+    x = np.linspace(0.0, min(-activation.interval[0], activation.interval[1]), 65)[1:] * 0.997  # not where it may jump
+    there, mirrored = activation.derivative(x), activation.derivative(-x)
+    if not np.allclose(there, mirrored, rtol=1e-6, atol=1e-6):
+        worst = x[np.abs(there - mirrored).argmax()]
         raise FewbitValueError(
             f"register: even=True says that the derivative of {activation.name} is the same at x and -x, but at "
-            f"{x:.4g} and {-x:.4g} it is not. Leave even=True out"
+            f"{worst:.4g} and {-worst:.4g} it is not. Leave even=True out"
         )

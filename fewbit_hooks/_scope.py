@@ -73,7 +73,8 @@ class scope:
     It decorates functions, methods and generator functions (which are inside while their own code runs). It nests: the
     innermost scope wins, so `scope(bits=None)` inside another keeps a region exact. One object may be entered again,
     reused, and used by several threads; it is in force on the threads that entered it, and on no other. A scope is
-    about the thread, not the asyncio task: tasks that interleave on one thread share what is open on it.
+    about the thread, not the asyncio task: tasks that interleave on one thread share what is open on it. What others
+    keep of a model's tensors is learned by all scopes of equal settings together: a new one for each step is as good.
 
     Args:
         bits: 1 to 8 for the smooth activations (the two-valued ones take 1). Or a mapping such as
