@@ -60,7 +60,9 @@ def show(task: Task, settings: Settings, results: Sequence[Result]) -> None:
     console.print(
         "original: what stock PyTorch keeps for activations and dropout, on one batch; stored: codes and masks; "
         f"freed: original bytes that are gone. Peak memory: {memory}, in the first {MEMORY_STEPS} steps. "
-        "Gradient error: of all gradients together, on one batch, with the trained weights.",
+        "Gradient error: of all gradients together, on one batch, with the trained weights. Time: each in a process of "
+        "its own, one after the other, so that whatever else the machine does hits one of them; and the smaller a "
+        "model's operations are, the more it pays.",
         style="dim",
         highlight=False,
     )
@@ -105,7 +107,8 @@ def draw(title: str, results: Sequence[Result], path: Path, cuda: bool = False) 
     for result, colour in zip(results, COLOURS, strict=False):
         losses.plot(result.losses, color=colour, alpha=0.18, lw=1)
         label = f"{result.name}, test accuracy {100 * result.accuracy:.1f} %"
-        losses.plot(smooth(result.losses), color=colour, lw=2, label=label)
+        above = {"ls": "--", "zorder": 3} if result.bits is None else {}  # where they coincide both are seen
+        losses.plot(smooth(result.losses), color=colour, lw=2, label=label, **above)
     losses.set(title="Training loss", xlabel="step", ylim=(0, None))
     losses.margins(x=0.01)
     losses.legend(frameon=False)
