@@ -27,7 +27,7 @@ import types
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,7 @@ INPUT_CHANGES = "its input is changed in place before its backward"
 CAPTURES = "it depends on a tensor that requires grad and is no parameter of its own"
 
 Forward = Callable[..., Tensor]
+ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,8 +115,8 @@ NATIVE = 4096
 
 
 def register_module(
-    cls: type[nn.Module], activation: str | None = None, *, name: str | None = None, **parameters: Parameter
-) -> type[nn.Module]:
+    cls: ModuleClass, activation: str | None = None, *, name: str | None = None, **parameters: Parameter
+) -> ModuleClass:
     """Have a module class that computes an activation or a norm from primitives treated as a whole.
 
     >>> import torch, fewbit_hooks as fewbit
