@@ -38,7 +38,7 @@ from collections.abc import Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -443,13 +443,20 @@ class _Place:
         return site
 
 
+class _Came(NamedTuple):
+    """The module that last came anew from a line of another."""
+
+    module: ModuleRef
+    around: ModuleRef  # an address may be another's by now
+
+
 class Sites:
     """The sites of a scope, or of several, whose steps are numbered together."""
 
     def __init__(self) -> None:
         self._step, self._step_is_over = -1, True
         self._places: dict[tuple[Any, ...], _Place] = {}
-        self._latest: dict[tuple[Any, ...], ModuleRef] = {}  # the module that last came anew from a line of another
+        self._latest: dict[tuple[Any, ...], _Came] = {}
         self._purge_at = 1024
         self._models: weakref.WeakKeyDictionary[nn.Module, Trainable] = weakref.WeakKeyDictionary()
 
@@ -505,8 +512,8 @@ class Sites:
         if around is None or line is None:
             return None
         key = id(around), id(line[0]), line[1], type(module), id(where), instruction, activation
-        before, self._latest[key] = self._latest.get(key), weakref.ref(module)
-        if before is None or before() is not None:
+        before, self._latest[key] = self._latest.get(key), _Came(weakref.ref(module), weakref.ref(around))
+        if before is None or before.around() is not around or before.module() is not None:
             return None
         found = self._places.get(key)
         if found is None or found.module() is not around:
@@ -532,7 +539,9 @@ class Sites:
         if len(self._places) >= self._purge_at:
             self._places = {key: place for key, place in list(self._places.items()) if place.module() is not None}
             self._latest = {
-                key: ref for key, ref in list(self._latest.items()) if ref() is not None or key in self._places
+                key: came
+                for key, came in list(self._latest.items())
+                if came.module() is not None or key in self._places
             }
             self._purge_at = max(1024, 2 * len(self._places))
 

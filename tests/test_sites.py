@@ -700,3 +700,22 @@ def test_an_activation_that_is_made_anew_in_each_forward_is_learned(
             assert len(opened._sites._places) == places
             assert {row.module for row in opened.report().rows if row.activation != "linear"} == {"0", "1"}
     assert held[True] == held[False]
+
+
+def test_a_model_at_the_address_of_one_before_learns_as_any(opened: fewbit.scope) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.act, self.b = nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.act(self.a(x)))
+
+    addresses, seen = set(), []
+    for _ in range(20):
+        block = Block()
+        addresses.add(id(block))
+        seen.append([step["gelu act"] for step in steps(block, opened, 3)])
+        del block
+    assert len(addresses) < 20
+    assert seen == [[3, 3, "y+1"]] * 20
