@@ -53,8 +53,10 @@ _pairs: weakref.WeakKeyDictionary[Any, Pair] = weakref.WeakKeyDictionary()
 _OWN = Pair(gives_back=True)
 
 
-def _pair(hooks: Hooks) -> Pair | None:
+def _pair(hooks: Hooks | None) -> Pair | None:
     """What is known of these; None where nothing can be remembered."""
+    if hooks is None:
+        return _OWN
     function = getattr(hooks[0], "__func__", hooks[0])  # of a bound method
     if getattr(function, "__module__", "") in OWN:
         return _OWN
@@ -64,14 +66,12 @@ def _pair(hooks: Hooks) -> Pair | None:
 
 def change_codes(hooks: Hooks | None) -> bool:
     """Whether the hooks were seen to give back other codes than they were given."""
-    pair = _pair(hooks) if hooks is not None else None
+    pair = _pair(hooks)
     return pair is not None and pair.gives_back is False
 
 
 def give_back_codes(hooks: Hooks | None) -> bool:
     """Whether they were seen to give them back as they were, or there are none."""
-    if hooks is None:
-        return True
     pair = _pair(hooks)
     return pair is not None and pair.gives_back is True
 

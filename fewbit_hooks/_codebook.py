@@ -107,9 +107,9 @@ class Codebook:
             if not x.is_floating_point():
                 raise FewbitTypeError(f"derivative takes a floating-point tensor, got {x.dtype}")
             precision = torch.float64 if x.dtype == torch.float64 else torch.float32  # not every device has float64
-            boundaries = self.boundaries if precision == torch.float64 else _rounded_down(self.boundaries)
+            boundaries = rounded_down(torch.tensor(self.boundaries, device="cpu"), precision).to(x.device)
             x_there = (x.abs() if self.folded else x).detach().to(precision)
-            codes = torch.bucketize(x_there.contiguous(), torch.tensor(boundaries, device=x.device))
+            codes = torch.bucketize(x_there.contiguous(), boundaries)
             return torch.tensor(self.levels, dtype=x.dtype, device=x.device)[codes]
         array = np.asarray(x)
         if array.dtype.kind in "iu":
@@ -239,10 +239,12 @@ class Codebook:
         return Codebook, tuple((values | {"parameters": dict(self.parameters)}).values())
 
 
-def _rounded_down(numbers: NDArray[np.float64]) -> NDArray[np.float32]:
-    """In float32: whether an input of that dtype is above one of them is what it is in float64."""
-    single = numbers.astype(np.float32)
-    return np.where(single > numbers, np.nextafter(single, np.float32(-np.inf)), single)
+def rounded_down(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float64 numbers on the CPU as those of the dtype that are equal, or the next below: whether an input of that
+    dtype is above one of them is what it was."""
+    rounded = exact.to(dtype)
+    above = rounded.double() > exact
+    return torch.where(above, torch.nextafter(rounded, torch.full_like(rounded, -torch.inf)), rounded)
 
 
 def _is(kind: type, field: str, value: Any) -> Any:

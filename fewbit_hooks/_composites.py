@@ -49,6 +49,9 @@ NO_PROBE = "it could not be tried on a small input: {}"
 INPUT_CHANGES = "its input is changed in place before its backward"
 CAPTURES = "it depends on a tensor that requires grad and is no parameter of its own"
 
+PLAIN = frozenset({bool, int, float, str})
+"""What an attribute of an instance may be that tells by its value what is computed."""
+
 Forward = Callable[..., Tensor]
 ModuleClass = TypeVar("ModuleClass", bound=type[nn.Module])
 
@@ -422,16 +425,16 @@ def _is_constant(value: Any) -> bool:
         return not isinstance(value.__self__, Tensor)
     if isinstance(value, types.FunctionType):
         return value.__closure__ is None
-    return type(value) in (bool, int, float, str)
+    return type(value) in PLAIN
 
 
 def _state(module: nn.Module, x: Tensor) -> Any:
     trainable = tuple([p.requires_grad for p in module._parameters.values() if p is not None])
     content = tuple(
         [
-            (name, value if type(value) in (bool, int, float, str) else id(value))
+            (name, value if type(value) in PLAIN else id(value))
             for name, value in module.__dict__.items()
-            if type(value) in (bool, int, float, str) or callable(value)
+            if type(value) in PLAIN or callable(value)
         ]
     )
     buffers = tuple([(id(b), 0 if b.is_inference() else b._version) for b in module._buffers.values() if b is not None])

@@ -117,8 +117,7 @@ class Step:
     def exposed(self, storage: int) -> None:
         """Somebody may change without a trace what lies in the storage of that address."""
         for watch in list(self.watches):
-            if watch.output.cdata == storage or watch.copies:
-                watch.exposed(storage)
+            watch.exposed(storage)
 
     def look(self) -> None:
         """See which storages are gone, and learn of it what is kept."""

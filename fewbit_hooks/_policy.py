@@ -71,12 +71,10 @@ class Settings:
 
     def identity(self) -> Hashable:
         """What two scopes have in common that do the same."""
-        bits = self.bits
-        if isinstance(bits, Mapping):
-            bits = tuple(sorted(bits.items()))  # type: ignore[assignment]
+        bits = tuple(sorted(self.bits.items())) if isinstance(self.bits, Mapping) else _name_of(self.bits)
         rules = tuple([_name_of(rule) for rule in self.exclude.rules])
         books = tuple(self.codebooks.values())
-        return _name_of(bits), self.min_bytes, rules, self.exact, self.recompute, books, self.engine
+        return bits, self.min_bytes, rules, self.exact, self.recompute, books, self.engine
 
     def bits_for(self, name: str, x: Tensor, exact: bool) -> int | None:
         """The bits given for an activation; None keeps it. The two-valued ones take 1 where they are not turned off."""

@@ -170,12 +170,13 @@ def _check_pointwise(activation: Activation) -> None:
         # not bit for bit: the body and the tail of a vectorised kernel may round differently
         each = torch.cat([activation.function(part) for part in x.split(13)])
     if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype or not torch.allclose(y, each):
-        undefined = isinstance(y, Tensor) and y.is_floating_point() and not bool(y.isfinite().all())
+        if isinstance(y, Tensor) and y.is_floating_point() and not y.isfinite().all():
+            raise FewbitValueError(
+                f"register: {activation.name} is not finite on the interval {low, high}. Give one on which it is: "
+                "interval=(low, high)"
+            )
         raise FewbitValueError(
-            f"register: {activation.name} is not finite on the interval {low, high}. Give one on which it is: "
-            "interval=(low, high)"
-            if undefined
-            else f"register: {activation.name} is not pointwise: each output must depend on its own input alone"
+            f"register: {activation.name} is not pointwise: each output must depend on its own input alone"
         )
     if not np.isfinite(activation.derivative(grid)).all():
         raise FewbitValueError(

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .. import _float16
+from .._codebook import rounded_down
 from ._devices import put
 from ._layout import computed_in
 
@@ -125,7 +126,7 @@ class Thresholds:
         """
         dtype = computed_in(dtype)
         if (dtype, device) not in self._limits:
-            limits = _rounded_down(self._boundaries[torch.device("cpu")], dtype)
+            limits = rounded_down(self._boundaries[torch.device("cpu")], dtype)
             self._limits[dtype, device] = put(limits, device)
         return self._limits[dtype, device]
 
@@ -144,13 +145,6 @@ class Thresholds:
 def _all_sixteen_bits() -> Tensor:
     """The bits of all 16-bit floats, uint16."""
     return torch.arange(1 << 16, dtype=torch.int32, device="cpu").to(torch.uint16)
-
-
-def _rounded_down(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """Float64 numbers on the CPU as those of the dtype that are equal, or the next below."""
-    rounded = exact.to(dtype)
-    above = rounded.double() > exact
-    return torch.where(above, torch.nextafter(rounded, torch.full_like(rounded, -torch.inf)), rounded)
 
 
 class Between:
@@ -207,8 +201,8 @@ class Between:
         dtype = computed_in(dtype)
         if (dtype, device) not in self._limits:
             low, high = torch.tensor(self._ends, dtype=torch.float64, device="cpu")
-            low = _rounded_down(low, dtype) if self.open_low else -_rounded_down(-low, dtype)
-            high = -_rounded_down(-high, dtype) if self.open_high else _rounded_down(high, dtype)
+            low = rounded_down(low, dtype) if self.open_low else -rounded_down(-low, dtype)
+            high = -rounded_down(-high, dtype) if self.open_high else rounded_down(high, dtype)
             flags = torch.tensor([self.open_low, self.open_high, self.nan], dtype=dtype, device="cpu")
             self._limits[dtype, device] = put(torch.cat([torch.stack([low, high]), flags]), device)
         return self._limits[dtype, device]
