@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ._errors import FewbitError, FewbitTypeError, FewbitWarning
 from ._graph import nodes
+from ._learning import AGREE
 from ._report import align, human
 from ._restore import buffers_restored, generators_restored
 from ._scope import scope
-from ._sites import AGREE
 
 
 @dataclass(frozen=True)

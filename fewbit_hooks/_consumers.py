@@ -11,12 +11,13 @@ from torch import Tensor
 from . import _recipes
 from ._hooked import hooked
 from ._hooks import Kept, unpack
+from ._learning import Verdict
 from ._ledger import RECOMPUTED, Ledger, Step
 from ._recipes import Geometry, Recipe
 from ._recompute_calls import RecomputeCall
-from ._sites import Verdict, Watch
 from ._stack import Entry
 from ._storages import StorageWeakRef
+from ._watch import Watch
 
 
 def consume(

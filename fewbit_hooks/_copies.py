@@ -8,7 +8,7 @@ what lies inside its margins is the output, element for element. So the derivati
 output that is kept itself (NOTE [ Beside a kept output ] in `_inverse.py`).
 
 The copy is made after the call. Until then the packed object has the output itself; at the copy it lets go of it. That
-somebody keeps the copy is learned as all else is (NOTE [ Learning what is kept ] in `_sites.py`).
+somebody keeps the copy is learned as all else is (NOTE [ Learning what is kept ] in `_learning.py`).
 """
 
 from __future__ import annotations

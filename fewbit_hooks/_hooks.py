@@ -29,10 +29,11 @@ from ._dtensor import PartHook, Whole, detached, is_dtensor, local_part, version
 from ._errors import FewbitError, FewbitRuntimeError
 from ._hooked import Hooks, hooked
 from ._inverse import Inverse, Itself
+from ._learning import Site, Verdict
 from ._ledger import CODES, KEPT, OUTPUT, Ledger, Row, Step
 from ._plan import Plan
-from ._sites import Site, Verdict, Watch
 from ._storages import StorageWeakRef, owners
+from ._watch import Watch
 
 Decoder: TypeAlias = Callable[[Tensor, Tensor | None, ops.Layout], Tensor]
 """From the output and the packed bits to a tensor of the layout."""

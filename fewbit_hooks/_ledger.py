@@ -26,9 +26,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from . import _sites
+from ._learning import Site
 from ._modules import ModuleRef, enclosing_modules, innermost_module, model_of
+from ._sites import Sites
 from ._storages import StorageWeakRef
+from ._watch import Watch, look
 
 SWEEP = 4096
 """Storages pending before those already gone are struck off, and calls that passed before they are added up: bounds the
@@ -78,12 +80,12 @@ class Step:
     what that has learned."""
 
     lock: threading.RLock
-    sites: _sites.Sites
+    sites: Sites
     number: int
     rows: dict[RowKey, Row] = field(default_factory=dict)
     pending: dict[int, Pending] = field(default_factory=dict)
     held: dict[int, StorageWeakRef] = field(default_factory=dict)
-    watches: list[_sites.Watch] = field(default_factory=list)
+    watches: list[Watch] = field(default_factory=list)
     passed: deque[tuple[str, str, int]] = field(default_factory=deque)
     backward_began: bool = False
     swept: bool = False  # since the latest storage was added
@@ -127,7 +129,7 @@ class Step:
     def look_at_watches(self, *, late: bool = False) -> None:
         """Learn of the calls whose modules have returned."""
         if self.watches:
-            self.watches = _sites.look(self.watches, set(enclosing_modules()), self.number, late=late)
+            self.watches = look(self.watches, set(enclosing_modules()), self.number, late=late)
 
     def tally(self) -> None:
         """Put the calls that passed among the rows."""
@@ -173,7 +175,7 @@ class Ledger:
         steps: steps that saved something.
     """
 
-    def __init__(self, sites: _sites.Sites) -> None:
+    def __init__(self, sites: Sites) -> None:
         # what the garbage collector finds while it is held, a generator say, may leave a scope on this very thread
         self._lock = threading.RLock()
         self._sites = sites
@@ -188,7 +190,7 @@ class Ledger:
         reason: str = "",
         *,
         how: str = KEPT,
-        site: _sites.Site | None = None,
+        site: Site | None = None,
     ) -> Row:
         """Count a call; `bits` None says that it is kept, and `reason` why. A site knows the module already."""
         if site is not None:
@@ -230,7 +232,7 @@ class Ledger:
             self._coming = self._sites.next_step(step.number)
         return self._coming
 
-    def watch(self, watch: _sites.Watch) -> None:
+    def watch(self, watch: Watch) -> None:
         """Look at a call's storages when the forward is over."""
         with self._lock:
             self.step.watches.append(watch)

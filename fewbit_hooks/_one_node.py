@@ -35,11 +35,12 @@ from ._errors import FewbitError
 from ._hooked import Hooks, hooked, innermost_hooks
 from ._hooks import Beside, HandedCodes, begin_backward, flagged, nbytes
 from ._inverse import Inverse, Itself
+from ._learning import Site, Verdict
 from ._ledger import CODES, OUTPUT, Ledger, Row
 from ._plan import Plan
-from ._sites import Site, Verdict, Watch
 from ._standins import Saves
 from ._storages import StorageWeakRef
+from ._watch import Watch
 
 
 def serves(plan: Plan, x: Tensor, inverse: Inverse | Itself | None) -> bool:

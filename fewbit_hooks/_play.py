@@ -4,7 +4,7 @@ NOTE [ A scope, played ]
 
 What a scope does with a call depends on what others keep, and that on what the scope does with these. No rule foretells
 it; but a recording can be gone through as a scope goes through a forward, once for each step that it takes to learn.
-The learning is the scope's own (`_sites.py`), and so is what it sees in each call (`_seen.py` asks it); what is
+The learning is the scope's own (`_learning.py`), and so is what it sees in each call (`_seen.py` asks it); what is
 played is this:
 
 | the call                                               | what is held for it                  |
@@ -31,10 +31,10 @@ import torch
 
 from . import _policy, ops
 from ._copies import RECENT
+from ._learning import FROM_OUTPUT, Site, Verdict
 from ._policy import Settings
 from ._recipes import DEPTH
 from ._recording import ACTIVATION, CAST, CONSUMER, COPY, EXPOSURE, MASK, NORM, SOFTMAX, Operation, Ref, Saved
-from ._sites import FROM_OUTPUT, Site, Verdict
 from ._treatment import SOURCE
 
 SHARED = "kept: somebody else keeps it"
@@ -43,7 +43,7 @@ AGAIN, FROM_INPUT = "computed again", "computed again from its input"
 
 @dataclass(slots=True)
 class Watched:
-    """A call of which a site learns: what is played of `_sites.Watch`."""
+    """A call of which a site learns: what is played of `Watch`."""
 
     site: Site
     storages: list[int]

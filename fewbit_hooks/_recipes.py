@@ -37,9 +37,9 @@ from torch import Tensor, nn
 from ._errors import FewbitError, FewbitRuntimeError
 from ._graph import latest_node, nodes
 from ._hooks import Kept
+from ._learning import Site
 from ._modules import ModuleRef
 from ._replay import Autocast, replay, untraced, when_backward_ends
-from ._sites import Site
 from ._storages import StorageWeakRef
 
 DEPTH = 8

@@ -17,17 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import _policy, _recipes, _sites, _stack, ops
+from . import _policy, _recipes, _stack, _watch, ops
 from ._again import run_again
 from ._consumers import consume
 from ._dtensor import local_part
 from ._hooked import hooked
 from ._hooks import Kept, unpack
+from ._learning import Site
 from ._ledger import Ledger
 from ._modules import innermost_module
 from ._recompute_calls import RecomputeCall
 from ._replay import Autocast
-from ._sites import Site
 from ._stack import Entry
 from ._standins import Saves, saves
 
@@ -73,7 +73,7 @@ def _expose(given: Tensor) -> None:
     entries = _stack.entries()
     recomputes = any(entry.recomputes for entry in entries) or _recipes.any_known()
     steps = [step for entry in entries if (step := entry.scope._ledger.step).watches]
-    if not recomputes and not steps and not _sites.relied_on():
+    if not recomputes and not steps and not _watch.relied_on():
         return
     t: Any = local_part(given)
     if (
@@ -88,7 +88,7 @@ def _expose(given: Tensor) -> None:
         storage = t.untyped_storage()
         if recomputes:
             _recipes.expose(storage)
-        _sites.expose(storage._cdata)
+        _watch.expose(storage._cdata)
         for step in steps:
             step.exposed(storage._cdata)
 

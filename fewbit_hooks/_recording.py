@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 
 from ._hooks import Kept
+from ._learning import Site
 from ._modules import ModuleRef
-from ._sites import Site
 
 IN, OUT, MADE = "input", "output", "made by the call"
 OTHER, ACTIVATION, COPY, MASK, NORM, SOFTMAX, CAST, CONSUMER, EXPOSURE, CHANGE = (

@@ -1,17 +1,17 @@
 """The scope: what happens to the tensors that autograd saves inside it.
 
-Read this first. A scope is open on a thread (`_stack.py`). While it is, a `TorchFunctionMode` sees every torch call
-of that thread. Calls that are not in the registry (`_calls.py`) run as they are, with no hooks at all. Around a
-recognised call, the policy (`_policy.py`) having nothing against it, two saved-tensor hooks are put (`_hooks.py`):
-the pack hook replaces what the node saves by packed codes (`ops/`), the unpack hook hands it stand-ins
-(`_standins.py`), for which the node's own backward gives the derivative that the codebook (`_codebook.py`) has for
-each code. What is done with one call is decided in `_treatment.py`, of what is known of its place (`_sites.py`). What
-dropout and its like save, a mask, is packed to one bit an element as it is (`_masks.py`); modules that are written in
-primitives are treated as a whole (`_composites.py`); under `recompute=True` what is cheap is computed again
-(`_recompute.py`, `_recipes.py`). Under `engine="fused"` a call gets a node of our own in place of PyTorch's, whose
-backward is one product (`_one_node.py`); on CUDA the kernel that computes the activation makes the codes (`_fused.py`),
-and gated units are one kernel (`_gated.py`). A function that is compiled has codes in its graph (`_compiled.py`). The
-ledger (`_ledger.py`) keeps the books.
+Read this first. A scope is open on a thread (`_stack.py`). While it is, a `TorchFunctionMode` sees every torch call of
+that thread. Calls that are not in the registry (`_calls.py`) run as they are, with no hooks at all. Around a recognised
+call, the policy (`_policy.py`) having nothing against it, two saved-tensor hooks are put (`_hooks.py`): the pack hook
+replaces what the node saves by packed codes (`ops/`), the unpack hook hands it stand-ins (`_standins.py`), for which
+the node's own backward gives the derivative that the codebook (`_codebook.py`) has for each code. What is done with one
+call is decided in `_treatment.py`, of what is known (`_learning.py`) of its place (`_sites.py`). What dropout and its
+like save, a mask, is packed to one bit an element as it is (`_masks.py`); modules that are written in primitives are
+treated as a whole (`_composites.py`); under `recompute=True` what is cheap is computed again (`_recompute.py`,
+`_recipes.py`). Under `engine="fused"` a call gets a node of our own in place of PyTorch's, whose backward is one
+product (`_one_node.py`); on CUDA the kernel that computes the activation makes the codes (`_fused.py`), and gated units
+are one kernel (`_gated.py`). A function that is compiled has codes in its graph (`_compiled.py`). The ledger
+(`_ledger.py`) keeps the books.
 """
 
 from __future__ import annotations

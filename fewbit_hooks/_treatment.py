@@ -15,12 +15,13 @@ from ._around import change_codes
 from ._calls import Call, input_of
 from ._dtensor import local_part
 from ._inverse import Itself
+from ._learning import FROM_OUTPUT, Site, Verdict
 from ._ledger import HELD, Ledger
 from ._plan import Plan
 from ._policy import Keep
-from ._sites import FROM_OUTPUT, Site, Verdict, Watch
 from ._stack import Entry
 from ._standins import Saves
+from ._watch import Watch
 
 NO_BYTES = frozenset({_policy.CHECKPOINT, _policy.HOOKS, _policy.TRANSFORM, _policy.FORWARD_AD})
 """Reasons that say that others, and not this call's node, decide what is kept."""

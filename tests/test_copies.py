@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import fewbit_hooks as fewbit
-from fewbit_hooks import _sites
+from fewbit_hooks import _learning
 from fewbit_hooks._copies import inside
 
 from .conftest import held_for_backward
@@ -290,12 +290,12 @@ def test_nothing_of_a_dropped_graph_is_held_by_what_is_learned(x: Tensor) -> Non
 
 def test_a_site_that_sees_both_kinds_in_one_step_stays_with_codes() -> None:
     module = weakref.ref(nn.ReLU6())
-    site = _sites.Site(module, module)
+    site = _learning.Site(module, module)
     for number in range(3):
-        site.see(False, False, True, _sites.Verdict.CODES, number)
-        site.see(False, True, False, _sites.Verdict.CODES, number)
-    assert site.verdict is not _sites.Verdict.COPY
-    assert site.verdict is not _sites.Verdict.OUTPUT
+        site.see(False, False, True, _learning.Verdict.CODES, number)
+        site.see(False, True, False, _learning.Verdict.CODES, number)
+    assert site.verdict is not _learning.Verdict.COPY
+    assert site.verdict is not _learning.Verdict.OUTPUT
 
 
 def test_the_inside_of_what_was_padded() -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fewbit_hooks as fewbit
-from fewbit_hooks import _plan, _sites, ops
+from fewbit_hooks import _learning, _plan, ops
 
 from .conftest import held_for_backward, quiet
 
@@ -180,7 +180,7 @@ def test_what_is_kept_and_counted_is_what_the_hooks_keep_and_count(name: str, ke
 
 
 def test_an_output_that_nobody_else_keeps_any_more_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sites, "LOOK_AGAIN", 3)
+    monkeypatch.setattr(_learning, "LOOK_AGAIN", 3)
     model = nn.Sequential(nn.Linear(32, 64), Called(F.gelu), nn.Linear(64, 8))
     opened, found = fewbit.scope(3, min_bytes=0, engine="fused"), []
     for step in range(12):

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import fewbit_hooks as fewbit
-from fewbit_hooks import _recipes, _recompute, _sites
+from fewbit_hooks import _learning, _recipes, _recompute
 from fewbit_hooks._consumers import Recomputed
 from fewbit_hooks._hooks import Kept
 
@@ -1205,7 +1205,7 @@ def test_after_learning_the_plan_is_exact_and_smaller_than_the_output_and_a_bit(
 def test_no_step_holds_more_than_the_first_where_somebody_else_keeps_the_output(
     keeper: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_sites, "LOOK_AGAIN", 5)
+    monkeypatch.setattr(_learning, "LOOK_AGAIN", 5)
     model, opened = nn.Sequential(nn.Linear(64, 64), nn.GELU(), keeper), few(bits=3, recompute=True)
     held = [step(model, x, opened)[2] for _ in range(20)]
     assert max(held) == held[0] > held[4]

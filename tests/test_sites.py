@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fewbit_hooks as fewbit
-from fewbit_hooks import _sites
+from fewbit_hooks import _learning, _sites
 from fewbit_hooks._ledger import HELD
 
 from .conftest import held_for_backward, quiet
@@ -176,7 +176,7 @@ def test_an_output_that_is_kept_only_now_and_then_is_not_relied_upon(opened: few
 
 
 def test_a_site_is_looked_at_again_now_and_then(opened: fewbit.scope, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sites, "LOOK_AGAIN", 5)
+    monkeypatch.setattr(_learning, "LOOK_AGAIN", 5)
     seen = [step["gelu 1"] for step in steps(chain(nn.GELU()), opened, 12)]
     assert seen == [3, 3, "y+1", "y+1", "y+1", "y+1", "y+1", 3, 3, "y+1", "y+1", "y+1"]
 
@@ -365,7 +365,7 @@ def test_freezing_is_noticed_in_the_second_of_two_models(opened: fewbit.scope) -
 def test_a_scope_inside_a_checkpoint_trains_for_many_steps(
     use_reentrant: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_sites, "LOOK_AGAIN", 1)
+    monkeypatch.setattr(_learning, "LOOK_AGAIN", 1)
     model, opened = chain(nn.GELU(), nn.ReLU()), fewbit.scope(bits=3, min_bytes=0)
 
     def inside(x: Tensor) -> Tensor:
@@ -411,7 +411,7 @@ def test_scopes_with_functions_that_are_made_anew_learn_by_themselves() -> None:
 
 
 def test_a_scope_for_each_block_learns_as_one_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sites, "LOOK_AGAIN", 5)
+    monkeypatch.setattr(_learning, "LOOK_AGAIN", 5)
 
     class Block(nn.Module):
         def __init__(self) -> None:
