@@ -6,9 +6,7 @@ dtype and device is made when the first such tensor comes along.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -19,14 +17,13 @@ from . import ops
 from ._activations import Activation, Parameter, pristine
 from ._codebook import Codebook
 from ._errors import FewbitError
-from ._inverse import Inverse, Itself, find_inverse, serves_itself
-from ._standins import Function, Saves, all_values, derivative_from, saved_by, saves, standins, standins_16bit
+from ._inverse import Inverse, Itself, find_inverse
+from ._standins import SIXTEEN_BIT, Function, Saves, derivative_from, saved_by, saves, standins, standins_16bit
+from ._two_valued import Coder, TwoValued
 
-SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 NAN = "holds NaN, where stock's gradient depends on the position"
 NOT_FINITE = "holds NaN or infinities, where stock's gradient is NaN"
 
-Coder = Callable[[Tensor], Tensor]
 Saved = list[Tensor | None]
 
 
@@ -40,6 +37,7 @@ class Plan:
         inplace: the call overwrites its input.
         function: the call, of its input alone.
         thresholds: the codebook's boundaries, as a coder; None where there is no codebook.
+        two_valued: tells the derivative's two values apart where there is none.
     """
 
     def __init__(
@@ -56,17 +54,15 @@ class Plan:
         self.bits = codebook.bits if codebook else 1
         self.inplace = inplace
         self.function = function
-        self._coders: dict[tuple[torch.dtype, torch.device], Coder] = {}
         self._rows: dict[tuple[torch.dtype, torch.device], Saved] = {}
         self._levels: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._primitives: dict[torch.dtype, Saves] = {}
         self._inverse: Inverse | None = None
         self._inverse_sought = False
         self._is_not_a_number: dict[str, tuple[bool, bool]] = {}
-        self._serves_itself: dict[tuple[torch.dtype, torch.device], bool] = {}
         self._ready: set[tuple[torch.dtype, torch.device]] = set()
-        self._two_valued: set[torch.dtype] = set()  # asked at each call: a dtype's hash takes less than a device's
         self.thresholds = ops.Thresholds(codebook.boundaries, codebook.folded) if codebook else None
+        self.two_valued = TwoValued(function, parameters) if codebook is None else None
 
     def is_ready(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether the tables that an input's codes take are on its device; they are made now, where they can be.
@@ -97,7 +93,7 @@ class Plan:
         """What maps a flat chunk to codes: of the input if the activation is smooth, else of the saved tensor."""
         if self.thresholds is not None:
             return self.thresholds
-        coder = self._two_valued_coder(dtype, device)
+        coder = self.two_valued.coder(dtype, device) if self.two_valued is not None else None
         if coder is None:
             name = self.activation.name
             raise FewbitError(
@@ -128,8 +124,9 @@ class Plan:
         """
         if copied and self.activation.saves == "output" and _is_dense(x):
             return Itself()
-        if self.codebook is None:
-            return Itself() if self._output_serves(x) else None
+        if self.two_valued is not None:
+            # where the output lies in memory in another way, which NaN counts depends on the position
+            return Itself() if _is_dense(x) and self.two_valued.output_serves(x.dtype, x.device) else None
         if not self._inverse_sought:
             self._inverse = find_inverse(self.function, self._derivative)
         self._inverse_sought = True
@@ -138,19 +135,6 @@ class Plan:
         if ops.must_be_ready(x) and not self._inverse.is_ready(x.dtype, x.device):
             return None
         return self._inverse
-
-    def _output_serves(self, x: Tensor) -> bool:
-        if not _is_dense(x):
-            return False  # the output lies in memory in another way, and which NaN counts depends on the position
-        key = x.dtype, x.device
-        if key not in self._serves_itself:
-            if ops.capturing(x.device):
-                return False  # the answer makes the host wait for the device: another time
-            with ops.waiting(x.device):
-                # how a kernel rounds its limits differs from kernel to kernel: ask the device's own
-                values = self._telling_values(x.dtype).to(x.device)
-                self._serves_itself[key] = serves_itself(self.function, values)
-        return self._serves_itself[key]
 
     def reason_to_keep(self, t: Tensor) -> str:
         """Why codes cannot stand for what is in a tensor that the call saves; empty where they can, or where the host
@@ -206,7 +190,8 @@ class Plan:
         assert self.codebook is not None
         key = dtype, device
         if key not in self._levels:
-            self._levels[key] = self._rows_of(self.codebook.levels, dtype, device)
+            levels = torch.tensor(self.codebook.levels, device="cpu").to(dtype)
+            self._levels[key] = ops.put(ops.rows(levels, self.bits), device)
         return self._levels[key]
 
     def primitives(self, x: Tensor) -> Saves:
@@ -224,47 +209,6 @@ class Plan:
             y: Tensor = self.function(torch.zeros(1, dtype=x.dtype, device=x.device))
         return y.requires_grad
 
-    def is_two_valued(self, dtype: torch.dtype) -> bool:
-        """Of an activation that is exact: whether its derivative has two values in this torch, too, and jumps where it
-        was looked for."""
-        if dtype not in self._two_valued and self._two_valued_coder(dtype, torch.device("cpu")) is not None:
-            self._two_valued.add(dtype)
-        return dtype in self._two_valued
-
-    def _two_valued_coder(self, dtype: torch.dtype, device: torch.device) -> Coder | None:
-        """Tells which saved values have another derivative than the first; None if there is a third, or no interval."""
-        key = dtype, device
-        if key not in self._coders:
-            with ops.waiting(device):
-                coder = self._ask_for_two_values(dtype, device)
-                if coder is None:
-                    return None
-                self._coders[key] = coder
-        return self._coders[key]
-
-    def _ask_for_two_values(self, dtype: torch.dtype, device: torch.device) -> Coder | None:
-        """What the kernel itself says.
-
-        Ties and limits are not alike in all kernels (in 16 bits each rounds hardtanh's 0.1 in its own way), nor in all
-        versions of torch (at the limits of clamp the derivative was 1, and is 0 from 2.14 on).
-        """
-        if dtype in SIXTEEN_BIT:
-            values = all_values(dtype)
-        else:
-            # all constants of ours are small integers; to sort every bfloat16 takes 10 ms, at each limit of a clipping
-            integers = torch.arange(-128.0, 128.0, dtype=dtype, device="cpu")
-            infinities = torch.tensor([-math.inf, math.inf], dtype=dtype, device="cpu")
-            values = self._and_around_parameters(torch.cat([integers, infinities])).unique()  # ascending
-            values = torch.cat([values, torch.full_like(values[:1], math.nan)])
-        there = values.to(device)
-        slope = derivative_from(self.function, [there], there)
-        second = slope != slope[0]
-        if (slope[second] != slope[second][:1]).any():
-            return None
-        if dtype in SIXTEEN_BIT:
-            return ops.Lookup(second.to(torch.uint8))
-        return _between(values[:-1], second[:-1].cpu(), nan=bool(second[-1]))
-
     def _decoding_rows(self, dtype: torch.dtype, device: torch.device) -> Saved:
         key = dtype, device
         if key not in self._rows:
@@ -273,11 +217,9 @@ class Plan:
         return self._rows[key]
 
     def _make_decoding_rows(self, dtype: torch.dtype, device: torch.device) -> Saved:
-        if self.codebook is None:
-            integers = self._middles(np.arange(-128.0, 128.0), dtype)
-            if len(integers) == 2 and dtype not in SIXTEEN_BIT:
-                return [self._rows_of(np.array([integers[0], integers[1]]), torch.int8, device)]
-            return [self._rows_of(self._two_values(dtype), dtype, device)]
+        if self.two_valued is not None:
+            return [ops.put(ops.rows(self.two_valued.standins(dtype), self.bits), device)]
+        assert self.codebook is not None
         if dtype in SIXTEEN_BIT:
             s = standins_16bit(self.function, self.codebook.levels, dtype)
         else:
@@ -285,68 +227,8 @@ class Plan:
         saved = saved_by(self.function, s.to(device=device, dtype=dtype))
         return [ops.rows(t.to(dtype), self.bits) if t.shape == s.shape else None for t in saved]
 
-    def _rows_of(self, values: NDArray[np.float64], dtype: torch.dtype, device: torch.device) -> Tensor:
-        return ops.put(ops.rows(torch.tensor(values, device="cpu").to(dtype), self.bits), device)
-
     def _derivative(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         return self.activation.derivative(x, **self.parameters)
-
-    def _two_values(self, dtype: torch.dtype) -> NDArray[np.float64]:
-        """One value for each code, as far from a change of code as there is."""
-        values = self._telling_values(dtype).double().numpy()
-        # the last resort: clamp(x, -inf, inf) has its second value at NaN alone, clamp(x, min=inf) at inf
-        special = np.array([np.nan, np.inf, -np.inf])
-        middle = {int(code): float(v) for code, v in zip(self._codes_of(special, dtype), special, strict=True)}
-        middle |= self._middles(np.unique(values[np.isfinite(values)]), dtype)
-        return np.array([middle.get(0, middle.get(1, 0.0)), middle.get(1, middle.get(0, 0.0))])
-
-    def _middles(self, values: NDArray[np.float64], dtype: torch.dtype) -> dict[int, float]:
-        """For each code that ascending values have, the middle of its longest run."""
-        codes = self._codes_of(values, dtype)
-        starts = np.flatnonzero(np.diff(codes, prepend=-1))
-        ends = np.append(starts[1:], len(codes))
-        runs = sorted(zip(starts, ends, strict=True), key=lambda run: run[1] - run[0])
-        return {int(codes[start]): float(values[(start + end) // 2]) for start, end in runs}  # the longest comes last
-
-    def _telling_values(self, dtype: torch.dtype) -> Tensor:
-        """Values among which are, on both sides, all places where a two-valued derivative may jump."""
-        return self._and_around_parameters(all_values(dtype if dtype in SIXTEEN_BIT else torch.bfloat16).to(dtype))
-
-    def _and_around_parameters(self, spread: Tensor) -> Tensor:
-        """These values, and the parameters, and the neighbours of both; of 0 those that are never flushed to it."""
-        numbers = [p for p in self.parameters.values() if isinstance(p, float) and np.isfinite(p)]
-        # an interval may be too narrow for the spread: add its ends, -lambd among them, and their mean
-        ends = [*numbers, *(-p for p in numbers), float(np.mean(numbers or [0]))]
-        with torch.autocast("cpu", enabled=False):  # which refuses to put float16 together, where it is for bfloat16
-            at = torch.cat([spread, torch.tensor(ends, dtype=torch.float64, device="cpu").to(spread.dtype)])
-            tiny = torch.finfo(at.dtype).smallest_normal
-            neighbours = [
-                torch.where(at == 0, sign * tiny, torch.nextafter(at, torch.full_like(at, sign * np.inf)))
-                for sign in (-1, 1)
-            ]
-            return torch.cat([at, *neighbours])
-
-    def _codes_of(self, values: NDArray[np.float64], dtype: torch.dtype) -> NDArray[Any]:
-        return self.coder(dtype, torch.device("cpu"))(torch.from_numpy(values).to(dtype)).numpy().astype(np.int8)
-
-
-def _between(values: Tensor, second: Tensor, nan: bool) -> ops.Between | None:
-    """The interval of those ascending values that are marked; None if it is no interval."""
-    inside = second.nonzero().flatten().tolist()
-    if not inside:
-        return ops.Between(math.inf, -math.inf, nan=nan)
-    first, last = inside[0], inside[-1]
-    low, open_low = _end(values, first, max(first - 1, 0))
-    high, open_high = _end(values, last, min(last + 1, len(values) - 1))
-    found = ops.Between(low, high, open_low=open_low, open_high=open_high, nan=nan)
-    return found if torch.equal(found(values), second) else None
-
-
-def _end(values: Tensor, inside: int, outside: int) -> tuple[float, bool]:
-    """The end of an interval, and whether it is open, where two neighbouring values are the last inside and the first
-    outside. It is the one nearer to 0: beside a 0 the other one is denormal."""
-    within, beyond = float(values[inside]), float(values[outside])
-    return (beyond, True) if abs(beyond) < abs(within) else (within, False)
 
 
 def may_look(t: Tensor) -> bool:

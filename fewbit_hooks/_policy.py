@@ -283,7 +283,7 @@ def make_plan(
         if len(_plans) >= MAX_PLANS:  # parameters that change at every call, as in adaptive clipping
             _plans.clear()
         _plans[key] = plan
-    if activation.exact and not plan.is_two_valued(x.dtype):
+    if plan.two_valued is not None and not plan.two_valued.holds_in(x.dtype):
         raise Keep(NOT_TWO_VALUED)
     if ops.must_be_ready(x):
         try:

@@ -30,6 +30,7 @@ from ._activations import pristine
 Function = Callable[[Tensor], Tensor]
 Derivative = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
+SIXTEEN_BIT = (torch.float16, torch.bfloat16)
 NEAR = 1e-3
 """Of the derivative's range. (measured) Of every level of `codebook()`, whatever its weight, it comes within 1e-15."""
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fewbit_hooks as fewbit
-from fewbit_hooks import _calls, _plan, _policy, ops
+from fewbit_hooks import _calls, _plan, _policy, _two_valued, ops
 from fewbit_hooks._activations import Activation
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -224,9 +224,9 @@ def test_where_the_derivative_jumps_is_asked_of_this_torch(
 
 
 def test_what_is_not_two_valued_in_one_dtype_alone_is_kept_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    ask = _plan.Plan._ask_for_two_values
+    ask = _two_valued.TwoValued._ask
     monkeypatch.setattr(_policy, "_plans", {})
-    monkeypatch.setattr(_plan.Plan, "_ask_for_two_values", lambda *a: None if a[1] is torch.float64 else ask(*a))
+    monkeypatch.setattr(_two_valued.TwoValued, "_ask", lambda *a: None if a[1] is torch.float64 else ask(*a))
     for dtype, bits in ((torch.float32, 1), (torch.float64, None), (torch.bfloat16, 1), (torch.float64, None)):
         x = hard_inputs(dtype, nan=False)
         assert check("leaky_relu", F.leaky_relu, x, some_grads(x.shape, dtype)) == bits
@@ -234,8 +234,8 @@ def test_what_is_not_two_valued_in_one_dtype_alone_is_kept_there(monkeypatch: py
 
 def test_what_is_not_two_valued_on_one_device_alone_is_kept_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_policy, "_plans", {})
-    monkeypatch.setattr(_plan.Plan, "is_two_valued", lambda self, dtype: True)  # on the CPU
-    monkeypatch.setattr(_plan.Plan, "_ask_for_two_values", lambda *_: None)  # where the input is
+    monkeypatch.setattr(_two_valued.TwoValued, "holds_in", lambda self, dtype: True)  # on the CPU
+    monkeypatch.setattr(_two_valued.TwoValued, "_ask", lambda *_: None)  # where the input is
     monkeypatch.setattr(ops, "must_be_ready", lambda x: True)  # as on CUDA
     x = hard_inputs(torch.float32, nan=False)
     assert check("leaky_relu", F.leaky_relu, x, some_grads(x.shape, x.dtype)) is None

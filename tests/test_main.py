@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fewbit_hooks as fewbit
-from fewbit_hooks import _doctor, _plan, _policy, ops
+from fewbit_hooks import _doctor, _policy, _two_valued, ops
 from fewbit_hooks.__main__ import main
 
 
@@ -124,7 +124,7 @@ def test_doctor_has_status_1_where_codes_are_wrong(monkeypatch, capsys) -> None:
 
 def test_doctor_has_status_1_where_what_is_exact_is_not(monkeypatch, capsys) -> None:
     monkeypatch.setattr(_policy, "_plans", {})
-    monkeypatch.setattr(_plan, "_between", lambda values, second, nan: ops.Between(0.25, 0.75))
+    monkeypatch.setattr(_two_valued, "_between", lambda values, second, nan: ops.Between(0.25, 0.75))
     assert main(["doctor"]) == 1
     assert re.search("exact gradients stock's.* no: clamp, hardshrink, hardsigmoid, ", capsys.readouterr().out)
 
