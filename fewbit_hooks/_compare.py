@@ -14,9 +14,12 @@ from torch import Tensor
 from ._errors import FewbitError, FewbitTypeError, FewbitWarning
 from ._graph import nodes
 from ._learning import AGREE
-from ._report import align, human
 from ._restore import buffers_restored, generators_restored
 from ._scope import scope
+from ._tables import align, human, markdown
+
+_NUMBERS = range(1, 6)
+"""The columns of the table that hold numbers, which stand to the right."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,16 @@ class Comparison:
     repeat_error: float
 
     def __str__(self) -> str:
-        head = ["bits", "cosine", "relative error", "loss", "original", "held", ""]
+        return "\n".join(align(self._table(), right=_NUMBERS))
+
+    def to_markdown(self) -> str:
+        """The table in markdown."""
+        return markdown(self._table(), right=_NUMBERS)
+
+    _repr_markdown_ = to_markdown  # what a notebook shows
+
+    def _table(self) -> list[list[str]]:
+        head = ["bits", "cosine", "relative error", "loss", "original", "held"]
         cells = [
             [
                 str(row.bits),
@@ -64,12 +76,11 @@ class Comparison:
                 f"{row.loss:.6g}",
                 human(row.original_bytes),
                 human(row.held_bytes),
-                "",
             ]
             for row in self.rows
         ]
-        exact = ["exact", "1", f"{100 * self.repeat_error:.2f} %", f"{self.exact_loss:.6g}", "", "", ""]
-        return "\n".join(align([head, *cells, exact], right=range(1, 6)))
+        exact = ["exact", "1", f"{100 * self.repeat_error:.2f} %", f"{self.exact_loss:.6g}", "", ""]
+        return [head, *cells, exact]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings."""

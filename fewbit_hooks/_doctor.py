@@ -19,8 +19,8 @@ from ._activations import Activation, activations
 from ._catalog import codebook
 from ._codebook import Codebook
 from ._policy import disabled
-from ._report import align, human
 from ._scope import scope
+from ._tables import align, human
 
 TESTED = (2, 11), (2, 14)
 """The oldest and the newest torch with which all tests were run."""

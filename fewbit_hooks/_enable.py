@@ -26,6 +26,9 @@ class Handle:
         self._entry: _stack.Entry | None = entry
         self._thread = threading.get_ident()
 
+    def __repr__(self) -> str:
+        return f"<Handle of {self.scope!r}>"
+
     def remove(self) -> None:
         """Close the scope. A second time does nothing.
 

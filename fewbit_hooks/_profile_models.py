@@ -23,7 +23,7 @@ from torch import nn
 
 from ._errors import FewbitError
 from ._profile_inputs import FROM_PYTHON, Sizes, make_batch
-from ._report import human
+from ._tables import human
 
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "roberta-base": ("roberta", {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-from ._report import human
+from ._tables import human
 
 if TYPE_CHECKING:
     from ._profile_table import Profile

@@ -10,12 +10,14 @@ from typing import Any
 
 from ._errors import FewbitError
 from ._predict import Prediction
-from ._report import align, human
+from ._tables import align, human, markdown
 
 SMALL_SHARE = 0.005
 """Rows of less than this share of the bytes are added up at the end of the text."""
 
 _HEAD = ["operation", "module", "dtype", "tensors", "bytes", "share", "under a scope", "also kept by"]
+_NUMBERS = range(3, 6)
+"""The columns of numbers, which stand to the right."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +82,17 @@ class Profile:
 
     def __str__(self) -> str:
         table = [_HEAD, *self._cells(), self._total()]
-        lines = align(table, right=range(3, 6))
-        lines += ["", *align([_PREDICTED, *self._predicted()], right=range(1, 5)), *self._remarks()]
+        lines = align(table, right=_NUMBERS)
+        lines += ["", *align([_PREDICTED, *self._predicted()], right=_PREDICTED_NUMBERS), *self._remarks()]
         return "\n".join(lines)
 
     def to_markdown(self) -> str:
         """The tables in markdown."""
-        table = [_HEAD, ["---"] * 3 + ["---:"] * 3 + ["---"] * 2, *self._cells(), self._total()]
-        predicted = [_PREDICTED[:-1], ["---", *["---:"] * 4], *(cells[:-1] for cells in self._predicted())]
-        first, second = ("\n".join("| " + " | ".join(cells) + " |" for cells in part) for part in (table, predicted))
+        first = markdown([_HEAD, *self._cells(), self._total()], right=_NUMBERS)
+        second = markdown([cells[:-1] for cells in (_PREDICTED, *self._predicted())], right=_PREDICTED_NUMBERS)
         return "\n\n".join([first, second, *self._remarks()])
+
+    _repr_markdown_ = to_markdown  # what a notebook shows
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw what is kept, by operation, and what few bits would leave of it, into a file (PNG, SVG, PDF).
@@ -174,6 +177,7 @@ class Profile:
 
 
 _PREDICTED = ["a scope of", "frees", "stores", "leaves", "change", ""]
+_PREDICTED_NUMBERS = range(1, 5)
 
 
 def _like(module: str) -> str:

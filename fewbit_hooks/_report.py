@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any
@@ -12,6 +11,7 @@ from . import _modules
 from ._errors import FewbitError
 from ._ledger import CODES, HELD, OUTPUT, RECOMPUTED, Ledger
 from ._policy import disabled
+from ._tables import align, human, markdown
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,7 @@ class Report:
         if not self.rows:
             return "no recognised activation has been called with an input that requires grad"
         table = [_HEAD, *self._cells(), self._total()]
-        # numbers to the right, under their heads
-        lines = align(table, right=range(2, 7))
+        lines = align(table, right=_NUMBERS)
         if self.original_bytes:
             change = 100 * (self.held_bytes / self.original_bytes - 1)
             lines.append(
@@ -143,8 +142,7 @@ class Report:
 
     def to_markdown(self) -> str:
         """The table in markdown."""
-        table = [_HEAD, ["---", "---", *["---:"] * 5, "---"], *self._cells(), self._total()]
-        return "\n".join("| " + " | ".join(cells) + " |" for cells in table)
+        return markdown([_HEAD, *self._cells(), self._total()], right=_NUMBERS)
 
     _repr_markdown_ = to_markdown  # what a notebook shows
 
@@ -237,30 +235,5 @@ _SIGNS = {
     "again": "computed again in backward, bit for bit",
 }
 _HEAD = ["activation", "module", "calls", "bits", "original", "stored", "freed", "reason"]
-
-
-def human(nbytes: float) -> str:
-    """Bytes in KiB, MiB or GiB, three digits.
-
-    >>> human(0), human(1023), human(1536), human(384 * 1024), human(3.25 * 2**30)
-    ('0 B', '1023 B', '1.5 KiB', '384 KiB', '3.2 GiB')
-    """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(nbytes) < 1024 or unit == "GiB":
-            break
-        nbytes /= 1024
-    return f"{nbytes:.0f} {unit}" if unit == "B" or abs(nbytes) >= 100 else f"{nbytes:.1f} {unit}"
-
-
-def align(table: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[str]:
-    """The lines of a table with columns of equal width; empty last columns are left out."""
-    right = frozenset(right)
-    widths = [max(len(cells[i]) for cells in table) for i in range(len(table[0]))]
-    if not any(cells[-1] for cells in table[1:]):
-        widths.pop()
-    return [
-        "  ".join(
-            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=False))
-        ).rstrip()
-        for cells in table
-    ]
+_NUMBERS = range(2, 7)
+"""The columns of numbers, which stand to the right, under their heads."""

@@ -107,6 +107,16 @@ def test_the_text_has_a_line_for_each_number_of_bits(model: nn.Module) -> None:
     assert result.to_dict()["rows"][1]["bits"] == 8
 
 
+def test_the_markdown_has_as_many_cells_in_every_line(model: nn.Module) -> None:
+    x = torch.randn(64, 32)
+    result = fewbit.compare(lambda: model(x).mean(), bits=[2, 4], min_bytes=0)
+    lines = result.to_markdown().splitlines()
+    assert len(lines) == 2 + 3  # the exact step, too
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[2].startswith("| 2 | 0.9")
+    assert result._repr_markdown_() == result.to_markdown()
+
+
 def test_what_counts_is_the_step_after_learning() -> None:
     model = nn.Sequential(nn.Linear(32, 128), nn.GELU(), nn.Linear(128, 1))
     x = torch.randn(64, 32)

@@ -11,7 +11,8 @@ from torch import nn
 
 import fewbit_hooks as fewbit
 from fewbit_hooks._ledger import HELD
-from fewbit_hooks._report import Report, ReportRow, human
+from fewbit_hooks._report import Report, ReportRow
+from fewbit_hooks._tables import human
 
 MIB = 2**20
 REPORT = Report(

@@ -241,6 +241,7 @@ def test_two_threads_use_one_scope_at_once(x: Tensor) -> None:
 def test_enable_holds_a_scope_open_until_disable(x: Tensor) -> None:
     handle = fewbit.enable(bits=4, min_bytes=0)
     assert fewbit.active() is handle.scope
+    assert repr(handle) == "<Handle of fewbit_hooks.scope(bits=4, min_bytes=0)>"
     assert gelu_bits(x) == 4
     fewbit.disable()
     assert (fewbit.active(), gelu_bits(x)) == (None, 32)

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .._errors import FewbitError
-from .._report import human
+from .._tables import human
 from ._task import Settings, Task
 from ._training import MEMORY_STEPS, Result
 
