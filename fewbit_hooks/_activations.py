@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from . import ops
+from . import _hooked, ops
 from ._codebook import Parameter as Parameter
 from ._errors import FewbitTypeError, FewbitValueError
 
@@ -121,6 +121,8 @@ class Activation:
                     return np.asarray(self.derivative_of(s, **parameters), np.float64)
                 y = self.function(s.requires_grad_(), **parameters)
                 (slope,) = torch.autograd.grad(y, s, torch.ones_like(y))
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             given = ", ".join(f"{key}={value!r}" for key, value in parameters.items())
             raise FewbitValueError(f"{self.name}({given}) has no derivative: {error}") from error
@@ -143,6 +145,7 @@ def pristine(*, autocast: bool = False) -> Iterator[None]:
         torch.enable_grad(),
         torch.autograd.set_detect_anomaly(False),  # NaN is asked for
         contextlib.ExitStack() as without,
+        _hooked.allowed(),
         torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t),
     ):
         for device in devices:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import _stack
 from ._errors import FewbitError
-from ._hooked import hooked
+from ._hooked import allowed, hooked
 from ._hooks import Kept, unpack
 from ._ledger import RECOMPUTED, Ledger, Step
 from ._modules import ModuleRef
@@ -162,7 +162,7 @@ class _Saves:
             return count
 
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, saved.__getitem__)  # nothing is ever unpacked
-        with replay(self._autocast, grad=True), hooks:
+        with replay(self._autocast, grad=True), allowed(), hooks:
             untraced(self._forward)(
                 *(leaf.value().detach().requires_grad_(n) for leaf, n in zip(self.leaves, self._needed, strict=True))
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
@@ -17,6 +16,7 @@ from numpy.typing import ArrayLike
 from ._activations import Activation, find
 from ._codebook import Codebook, Parameter
 from ._errors import FewbitTypeError, FewbitValueError
+from ._locks import lock
 from ._quantizer import Array, Function, check_bits, check_interval, optimal_quantizer
 
 WeightLike: TypeAlias = str | tuple[str, float, float] | tuple[ArrayLike, ArrayLike] | Callable[[Array], ArrayLike]
@@ -24,7 +24,7 @@ WeightLike: TypeAlias = str | tuple[str, float, float] | tuple[ArrayLike, ArrayL
 DEFAULT_INTERVAL = (-10.0, 10.0)  # the paper's
 NORMAL_REACH = 8.0  # standard deviations; beyond them lies 1e-15 of the inputs
 
-_lock = threading.RLock()
+_lock = lock()
 
 
 def codebook(

@@ -22,7 +22,6 @@ import contextlib
 import ctypes
 import functools
 import inspect
-import threading
 import types
 import weakref
 from collections.abc import Callable, Mapping
@@ -36,11 +35,13 @@ from . import _activations, _compiled, _policy, _recipes, _recompute, _stack, _t
 from ._activations import Activation, Parameter, pristine
 from ._calls import Call
 from ._errors import FewbitRuntimeError, FewbitTypeError, FewbitValueError
-from ._modules import parameters_of
+from ._locks import lock
+from ._modules import has_hooks, parameters_of
 from ._policy import Keep
 from ._replay import Autocast
 from ._standins import Saves, saves
 
+SEEN_INTO = "a mode or a hook sees what is in it"
 OWN_FORWARD = "its instance has a forward of its own"
 OTHER_FUNCTION = "its forward does not compute {}"
 HAS_PARAMETERS = "it has parameters, and so is not pointwise in its input alone"
@@ -107,7 +108,7 @@ class Facts:
         return self.primitives.keeps_x and x.is_contiguous()
 
 
-_lock = threading.RLock()
+_lock = lock()
 _facts: weakref.WeakKeyDictionary[nn.Module, dict[Any, Facts]] = weakref.WeakKeyDictionary()
 _alike: dict[Any, Facts] = {}
 """The same of instances that hold nothing that could be told apart: some models make one for each call."""
@@ -273,6 +274,7 @@ def _run_in_scope(entry: _stack.Entry, composite: Composite, module: nn.Module, 
     try:
         if not _treatment.admits(entry, composite.name, x):
             return run_it()
+        _refuse_if_seen_into(module)
         facts = look_at(composite, module, x)
         if facts.reason:
             raise Keep(facts.reason)
@@ -302,10 +304,11 @@ def _run_activation(
     assert call.activation is not None
     try:
         if not _treatment.admits(entry, call.name, x):
-            if x.requires_grad and not _policy.obstacle(x, entry.hooks):
+            if x.requires_grad and not _policy.obstacle(x, entry.hooks) and not _is_seen_into(module):
                 look_at(composite, module, x)  # or it would never be found out that it is a native node
             with _stack.hidden() if x.requires_grad else contextlib.nullcontext():  # it was counted, as a whole
                 return run_it()
+        _refuse_if_seen_into(module)
         facts = facts or look_at(composite, module, x)
         if facts.reason:
             raise Keep(facts.reason)
@@ -329,6 +332,18 @@ def _run_activation(
             result: Tensor = _treatment.leave(entry, call, str(keep), x, run_it)
         return result
     return _treatment.as_one_node(entry, plan, x, run_it, forward, facts.primitives)
+
+
+def _is_seen_into(module: nn.Module) -> bool:
+    """Whether somebody else sees its primitives, or the modules in it: what he does with what he sees, a penalty on it
+    say, must be recorded, and be done once; and primitives that a mode changes are not those that would run again."""
+    inner = (m for m in module.modules() if m is not module)
+    return _stack.others_see() or ops.results_may_change() or any(map(has_hooks, inner))
+
+
+def _refuse_if_seen_into(module: nn.Module) -> None:
+    if _is_seen_into(module):
+        raise Keep(SEEN_INTO)
 
 
 def _own(module: nn.Module) -> list[Tensor]:
@@ -452,6 +467,8 @@ def _reason_to_leave(composite: Composite, module: nn.Module, x: Tensor) -> str:
     try:
         with pristine(autocast=True):
             y = _Shell(composite, module)(probe, *(p.detach() for p in _own(module)))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # that says nothing of the module: it is asked again
     except Exception as error:  # the report has it
         return NO_PROBE.format(error)
     if not isinstance(y, Tensor) or y.shape != probe.shape or probe._version != version or _shared(y, probe):
@@ -464,6 +481,8 @@ def _reason_to_leave(composite: Composite, module: nn.Module, x: Tensor) -> str:
         return HAS_PARAMETERS
     try:
         same = _computes(composite, composite.call, module)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         return NO_PROBE.format(error)
     return "" if same else OTHER_FUNCTION.format(composite.name)

@@ -40,6 +40,7 @@ from ._calls import RECOGNISED, Call
 from ._composites import in_place_of
 from ._imported import Imported
 from ._ledger import RECOMPUTED, Step
+from ._modules import has_hooks
 from ._plan import Plan
 from ._policy import Keep
 
@@ -290,14 +291,7 @@ def _seen_in(act: Any) -> Seen | None:
     """The one call that an activation's module makes, and its arguments; None where more happens."""
     if not isinstance(act, nn.Module) or type(act).__module__ not in _KNOWN or isinstance(act, nn.RReLU):
         return None
-    if (
-        "forward" in act.__dict__
-        or act._forward_hooks
-        or act._forward_pre_hooks
-        or act._backward_hooks
-        or act._backward_pre_hooks
-        or nn.modules.module._has_any_global_hook()
-    ):
+    if "forward" in act.__dict__ or has_hooks(act):
         return None
     state = [value for name, value in act.__dict__.items() if not name.startswith("_")]
     known = _seen.get(act)

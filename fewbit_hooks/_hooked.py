@@ -38,6 +38,23 @@ def hooked(pack: Pack, unpack: Unpack) -> AbstractContextManager[None]:
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
+@contextlib.contextmanager
+def allowed() -> Iterator[None]:
+    """Hooks of ours may be put here, where others must not: to ask a call what it saves changes nothing of theirs.
+
+    A backward, which saves nothing, may run where `torch.autograd.graph.disable_saved_tensors_hooks` is on.
+    """
+    message = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    if message is None:
+        yield
+        return
+    torch._C._autograd._saved_tensors_hooks_enable()
+    try:
+        yield
+    finally:
+        torch._C._autograd._saved_tensors_hooks_disable(message)
+
+
 class _PassedOver:
     """A pack hook as selective checkpointing knows its own; see the note above."""
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable
 from types import ModuleType
+
+from ._locks import lock
 
 
 class Imported:
@@ -25,7 +26,7 @@ class Imported:
     def __init__(self, prefixes: tuple[str, ...], visit: Callable[[str, ModuleType], None]) -> None:
         self._prefixes = prefixes
         self._visit = visit
-        self._lock = threading.RLock()
+        self._lock = lock()
         self._visited: set[str] = set()
         self._count = 0
 
@@ -34,12 +35,13 @@ class Imported:
         if len(sys.modules) == self._count:
             return
         with self._lock:
-            self._count = len(sys.modules)
+            count = len(sys.modules)
             for name, module in list(sys.modules.items()):
                 if name in self._visited or not name.startswith(self._prefixes):
                     continue
                 if getattr(getattr(module, "__spec__", None), "_initializing", False):
-                    self._count = 0  # half imported, on another thread or around us: look again
+                    count = 0  # half imported, on another thread or around us: look again
                     continue
-                self._visited.add(name)
                 self._visit(name, module)
+                self._visited.add(name)
+            self._count = count

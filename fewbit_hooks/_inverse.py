@@ -103,8 +103,8 @@ class Inverse:
         """
         key = output, dtype, device
         if key not in self._tables:
-            s = self.inputs(output)
             with ops.waiting(device):
+                s = self.inputs(output)
                 saved = saved_by(self._function, s.to(dtype).to(device))
                 self._tables[key] = [t.to(dtype) if t.shape == s.shape else None for t in saved]
         table = self._tables[key][k]
@@ -115,8 +115,9 @@ class Inverse:
         """The derivative itself by output and side; as `table`."""
         key = output, dtype, device
         if key not in self._slopes:
-            slopes = torch.from_numpy(self._derivative(self.inputs(output).numpy()))
-            self._slopes[key] = ops.put(slopes.to(dtype), device)
+            with ops.waiting(device):
+                slopes = torch.from_numpy(self._derivative(self.inputs(output).numpy()))
+                self._slopes[key] = slopes.to(dtype).to(device)
         return self._slopes[key]
 
     def inputs(self, output: torch.dtype) -> Tensor:

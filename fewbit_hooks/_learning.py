@@ -110,6 +110,11 @@ class Site:
         if self._agreed > 0 and step - self._step > LOOK_AGAIN:
             self.forget()
 
+    def take_back(self, step: int) -> None:
+        """The step's forward failed: as if it had made no call here."""
+        if self._now.step == step:
+            self._now = self._before
+
     def forget(self) -> None:
         """Unknown again."""
         self.verdict = self._found = Verdict.UNKNOWN

@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 from ._learning import Site
+from ._locks import lock
 from ._modules import ModuleRef, enclosing_modules, innermost_module, model_of
 from ._sites import Sites
 from ._storages import StorageWeakRef
-from ._watch import Watch, look
+from ._watch import Watch, drop, look
 
 SWEEP = 4096
 """Storages pending before those already gone are struck off, and calls that passed before they are added up: bounds the
@@ -177,7 +178,7 @@ class Ledger:
 
     def __init__(self, sites: Sites) -> None:
         # what the garbage collector finds while it is held, a generator say, may leave a scope on this very thread
-        self._lock = threading.RLock()
+        self._lock = lock()
         self._sites = sites
         self.step = Step(self._lock, sites, -1, backward_began=True)  # the one before the first
         self._coming = -1
@@ -280,9 +281,16 @@ class Ledger:
             row.original_bytes += never_kept
             row.freed_bytes += never_kept
 
-    def settle(self) -> None:
-        """Look which storages are gone, unless the backward has begun."""
+    def settle(self, *, failed: bool = False) -> None:
+        """Look which storages are gone, unless the backward has begun.
+
+        Args:
+            failed: an exception ended the forward, and its traceback holds what that had in its hands: of the calls
+                nothing is learned.
+        """
         with self._lock:
+            if failed:
+                self.step.watches = drop(self.step.watches, self.step.number)
             if not self.step.backward_began:
                 self.step.look()
             else:

@@ -162,11 +162,15 @@ class WaitingMask:
     def look(self) -> bool:
         """Pack the mask if nobody else holds it; whether to look again."""
         kept = self._content
-        assert isinstance(kept, Kept)
+        if not isinstance(kept, Kept):
+            return False  # packed by a look inside this one: the garbage collector may leave a scope
         mask = kept.tensor
         if owners(mask) == 1 and mask._version == kept.version and self._may_work_on(mask):
-            with ops.unnoticed():
-                packed = PackedMask(mask, ops.encode(mask, 1, ops.not_zero), 1, self._step)
+            try:
+                with ops.unnoticed():
+                    packed = PackedMask(mask, ops.encode(mask, 1, ops.not_zero), 1, self._step)
+            except (MemoryError, torch.OutOfMemoryError):
+                return True  # it serves as it is
             with self._step.lock:
                 self._row.stored_bytes += packed.nbytes
             self._content = packed
@@ -195,8 +199,17 @@ _waiting = _Waiting()
 
 def look_again() -> None:
     """Pack those waiting masks of this thread that nobody else holds any more."""
-    if _waiting.masks and not _policy.traced():
-        _waiting.masks = [ref for ref in _waiting.masks if (waiting := ref()) is not None and waiting.look()]
+    if not _waiting.masks or _policy.traced():
+        return
+    masks, _waiting.masks = _waiting.masks, []
+    try:
+        while masks:
+            waiting = masks[-1]()
+            if waiting is not None and waiting.look():
+                _waiting.masks.append(masks[-1])
+            del masks[-1]
+    finally:
+        _waiting.masks += masks
 
 
 def _unpack(packed: PackedMask | WaitingMask | Kept | Handed) -> Tensor:

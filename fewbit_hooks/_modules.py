@@ -49,6 +49,17 @@ def model_of(module: nn.Module) -> nn.Module:
     return module if model is None else model  # `or` would ask for its length, which raises in what torch.compile made
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something else than its forward runs when a module is called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or nn.modules.module._has_any_global_hook()
+    )
+
+
 def parameters_of(module: nn.Module, *, recurse: bool = True) -> list[nn.Parameter]:
     """A module's parameters, whatever else a method of its own of that name may give an optimizer."""
     return list(nn.Module.parameters(module, recurse))

@@ -43,7 +43,8 @@ def replay(autocast: Autocast, *, grad: bool = False) -> Iterator[None]:
     if Autocast.of(autocast.device) != autocast:
         # without a cache: casts that the forward of another step would be given must not come from here
         as_it_was = torch.autocast(autocast.device, autocast.dtype, autocast.enabled, cache_enabled=False)
-    with torch._C.DisableTorchFunction(), torch.set_grad_enabled(grad), as_it_was:
+    normal = torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext()
+    with torch._C.DisableTorchFunction(), normal, torch.set_grad_enabled(grad), as_it_was:
         yield
 
 

@@ -146,7 +146,7 @@ class scope:
         mine = [entry for entry in _stack.entries() if entry.scope is self and not entry.enabled]
         if not mine:
             raise FewbitError("this scope is not open on this thread: it is left on the thread that entered it")
-        self._leave(mine[-1])
+        self._leave(mine[-1], failed=kind is not None)
         if kind is None and not mine[-1].inert:
             self._warn_if_nothing_was_compressed()
             self._warn_of_names_that_no_module_has()
@@ -161,20 +161,21 @@ class scope:
         _stack.push(entry, _Mode)
         return entry
 
-    def _leave(self, entry: _stack.Entry) -> None:
+    def _leave(self, entry: _stack.Entry, *, failed: bool = False) -> None:
         _stack.remove(entry)
         _masks.look_again()
         if not _stack.entries():
             _recipes.forget()
-        self._ledger.settle()
+        self._ledger.settle(failed=failed)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[None]:
-        entry = self._enter(enabled=False)
+        entry, failed = self._enter(enabled=False), True
         try:
             yield
+            failed = False
         finally:
-            self._leave(entry)
+            self._leave(entry, failed=failed)
 
     def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
         """Decorate a function, a method or a generator function."""
@@ -315,6 +316,8 @@ class _Mode(TorchFunctionMode):
             ):
                 again = RECOMPUTE.get(func)
                 if again is not None:
+                    if torch._C._len_torch_function_stack():
+                        return _stack.beneath(self, func, args, kwargs or {})
                     return _compiled.plainly(functools.partial(_recompute.run, entry, again, func, args, kwargs))
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
@@ -327,6 +330,8 @@ class _Mode(TorchFunctionMode):
             return func(*args, **kwargs)
         if torch.compiler.is_compiling():
             return _compiled.run(self.entry.coding, call, func, args, kwargs)
+        if torch._C._len_torch_function_stack():  # modes of others lie around the scope
+            return _stack.beneath(self, func, args, kwargs)
         if _compiled.callback() is None:
             return _run(self.entry, call, func, args, kwargs)
         return _compiled.plainly(functools.partial(_run, self.entry, call, func, args, kwargs))

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
 
 from ._around import give_back_codes
 from ._compiled import Coding, coding
@@ -166,15 +167,49 @@ def push(entry: Entry, mode_class: type[TorchFunctionMode]) -> None:
 
 def remove(entry: Entry) -> None:
     """Take away one entry; the one below becomes active if it was the last."""
-    position = _thread.entries.index(entry)
-    later = [e for e in _thread.entries[position + 1 :] if not e.inert]
-    del _thread.entries[position]
+    later = _thread.entries[_thread.entries.index(entry) + 1 :]
+    # the list may be another by now: what the garbage collector finds, a generator say, may leave a scope of its own
+    _thread.entries.remove(entry)
     if entry.pushed:
-        if later and not later[0].pushed:
-            later[0].pushed = True  # it relies on the mode that this entry put there
+        heir = next((e for e in later if not e.inert and e in _thread.entries), None)
+        if heir is not None and not heir.pushed:
+            heir.pushed = True  # it relies on the mode that this entry put there
         else:
             _take_off(_thread.mode)
     _act(active())
+
+
+def beneath(mode: TorchFunctionMode, function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Make a call that ours has been handed with our mode beneath those of others around it, which see it first.
+
+    What they make of it, another function perhaps, or a second one beside it, is recognised for what it is: hooks and
+    nodes of ours lie around no call but the one that they are for.
+    """
+    others = _modes()
+    torch._C._push_on_torch_function_stack(mode)
+    _put_on(others)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _modes()
+        _put_on(others)
+
+
+def _modes() -> list[TorchFunctionMode]:
+    """Take all modes off the stack: the innermost first."""
+    return [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
+
+
+def _put_on(modes: list[TorchFunctionMode]) -> None:
+    for mode in reversed(modes):
+        torch._C._push_on_torch_function_stack(mode)
+
+
+def others_see() -> bool:
+    """Whether modes of others, inside or around, see each call that is made here; all that torch's own for
+    `torch.set_default_device` does is to give new tensors a device."""
+    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    return any(mode is not _thread.mode and type(mode) is not DeviceContext for mode in modes)
 
 
 def _on_stack(mode: TorchFunctionMode) -> bool:
@@ -188,5 +223,4 @@ def _take_off(mode: TorchFunctionMode) -> None:
         if top is mode:
             break
         above.append(top)
-    for other in reversed(above):
-        torch._C._push_on_torch_function_stack(other)
+    _put_on(above)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _fused, _graph, _hooks, _one_node, _policy, _recipes, _recompute, _stack
+from . import _fused, _graph, _hooks, _one_node, _policy, _recipes, _recompute, _stack, ops
 from ._again import run_again
 from ._around import change_codes
 from ._calls import Call, input_of
@@ -198,7 +198,10 @@ def _site(entry: Entry, name: str, *, recomputes: bool) -> tuple[Site | None, Ve
     site = scope._sites.find(name, step)
     if site is None:
         return None, Verdict.UNKNOWN
-    return site, site.treatment(recomputes)
+    verdict = site.treatment(recomputes)
+    if verdict in FROM_OUTPUT and ops.results_may_change():
+        return site, Verdict.CODES  # it may be another function's
+    return site, verdict
 
 
 def _watch_input(ledger: Ledger, site: Site | None, verdict: Verdict, y: Any) -> None:

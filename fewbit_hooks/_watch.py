@@ -183,3 +183,14 @@ def look(watches: list[Watch], running: Collection[nn.Module], step: int, *, lat
         else:
             watch.look(step, late=late)
     return left
+
+
+def drop(watches: list[Watch], step: int) -> list[Watch]:
+    """A forward has failed on this thread: its calls are not looked at; returns those of other threads."""
+    mine, left = threading.get_ident(), []
+    for watch in watches:
+        if watch.thread != mine:
+            left.append(watch)
+        else:
+            watch.site.take_back(step)
+    return left

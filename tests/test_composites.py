@@ -827,3 +827,20 @@ def test_a_class_of_torch_that_a_package_gives_a_name_stays_as_it_is() -> None:
     _built_in._replace_in(name, package)
     assert hasattr(own.forward, "_fewbit_original")
     assert not hasattr(nn.SiLU.forward, "_fewbit_original")
+
+
+def test_that_there_was_no_memory_to_try_a_module_is_no_fact_about_it(
+    x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, computes = activations.NewGELUActivation(), _composites._computes
+    monkeypatch.setattr(_composites, "_alike", {})
+
+    def short_of_memory(*args: Any) -> bool:
+        monkeypatch.setattr(_composites, "_computes", computes)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(_composites, "_computes", short_of_memory)
+    with quiet(), pytest.raises(torch.OutOfMemoryError):
+        module(x * 1.0)
+    with quiet():
+        assert treatment(module(x * 1.0)) == "codes"

@@ -6,7 +6,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import inspect
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,7 +29,7 @@ from torch.utils.checkpoint import (
 )
 
 import fewbit_hooks as fewbit
-from fewbit_hooks import _policy
+from fewbit_hooks import _policy, _stack
 from fewbit_hooks._hooks import Packed
 from fewbit_hooks.ops import _dispatch
 
@@ -750,6 +752,49 @@ def test_generators_with_open_scopes_closed_in_any_order_leave_nothing_behind(
     assert not is_coded(x)
 
 
+@pytest.mark.parametrize("line", range(4))
+def test_the_garbage_collector_may_leave_a_scope_while_another_is_left(line: int, x: Tensor) -> None:
+    before = torch_state()
+
+    def steps(held: list[Any]) -> Iterator[None]:
+        with quiet(2):
+            yield
+
+    def left_suspended() -> None:
+        held: list[Any] = []
+        generator = steps(held)
+        next(generator)
+        held.append(generator)  # a cycle
+
+    gc.collect()
+    left_suspended()
+    opened = quiet(3)
+    opened.__enter__()
+    seen = 0
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        def at_each_line(frame: Any, event: str, argument: Any) -> Any:
+            nonlocal seen
+            if event == "line":
+                if seen == line:
+                    gc.collect()
+                seen += 1
+            return at_each_line
+
+        return at_each_line if frame.f_code is _stack.remove.__code__ and not seen else None
+
+    others = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        opened.__exit__(None, None, None)
+    finally:
+        sys.settrace(others)
+    gc.collect()
+    assert seen >= 4
+    assert fewbit.active() is None
+    assert torch_state() == before
+
+
 class Counting(TorchFunctionMode):
     """Another library's mode."""
 
@@ -927,3 +972,39 @@ def test_a_scope_inside_a_backward_hook_codes_what_the_hook_calls(x: Tensor) -> 
         assert run_with_hook(x, hook) == [True]
         assert is_coded(x)
     assert torch_state() == before
+
+
+@pytest.mark.parametrize(
+    "settings", [{"bits": 3}, {"bits": 3, "engine": "fused"}, {"exact": True, "recompute": True}], ids=str
+)
+@pytest.mark.parametrize(
+    "around",
+    [torch.inference_mode, functools.partial(torch.autograd.graph.disable_saved_tensors_hooks, "there must be none")],
+    ids=["inference_mode", "disable_saved_tensors_hooks"],
+)
+def test_a_backward_runs_where_nothing_can_be_recorded(
+    around: Callable[[], Any], settings: dict[str, Any], x: Tensor
+) -> None:
+    net = nn.Sequential(nn.Linear(16, 16), nn.RMSNorm(16), nn.SiLU(), nn.Linear(16, 16), Softly(), nn.Linear(16, 4))
+
+    def trained(around: Callable[[], Any]) -> list[Tensor]:
+        forget_what_was_learned()
+        for _ in range(4):  # from the third on from outputs that are kept
+            net.zero_grad()
+            with fewbit.scope(min_bytes=0, **settings):
+                loss = net(x.detach()).square().sum()
+            with around():
+                loss.backward()
+        return [g + 0 for g in gradients(net)]
+
+    assert equal(trained(around), trained(contextlib.nullcontext))
+
+
+class Softly(nn.Module):
+    """Run again as a whole, where all is exact."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h * torch.sigmoid(1.702 * h)
+
+
+fewbit.register_module(Softly, "quick_gelu")

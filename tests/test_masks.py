@@ -386,6 +386,57 @@ def test_a_waiting_mask_does_not_outlive_its_graph(x: Tensor) -> None:
     assert not _masks._waiting.masks
 
 
+def test_a_waiting_mask_that_there_is_no_memory_to_pack_serves_as_it_is(
+    x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, calls = ops.encode, []
+
+    def short_of_memory(*args: Any) -> Tensor:
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(*args)
+
+    monkeypatch.setattr(ops, "encode", short_of_memory)
+    leaf, masks = x.requires_grad_(), [x.detach() > limit for limit in (-1, 0, 1)]
+    expected = torch.stack([~mask for mask in masks]).float().sum(0)
+    with fewbit.scope(min_bytes=0) as memory:
+        outputs = [leaf.masked_fill(mask, 0.0) for mask in masks]
+        masks.clear()
+    assert len(calls) == 3  # all three were tried
+    _masks.look_again()
+    assert len(calls) == 4  # the second again
+    assert memory.report().stored_bytes == 3 * math.ceil(x.numel() / 8)
+    torch.autograd.backward(outputs, [torch.ones_like(x)] * 3)
+    assert torch.equal(leaf.grad, expected)
+
+
+@pytest.mark.parametrize("error", [None, ValueError], ids=str)
+def test_a_look_at_waiting_masks_inside_of_another_or_that_fails_forgets_none(
+    error: type[Exception] | None, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, calls = ops.encode, []
+
+    def interrupted(*args: Any) -> Tensor:
+        calls.append(args)
+        if len(calls) == 2:
+            _masks.look_again()  # as when the garbage collector leaves a scope
+            if error is not None:
+                raise error
+        return encode(*args)
+
+    leaf, masks = x.requires_grad_(), [x.detach() > limit for limit in (-1, 0, 1)]
+    expected = torch.stack([~mask for mask in masks]).float().sum(0)
+    monkeypatch.setattr(ops, "encode", interrupted)
+    with pytest.raises(error) if error is not None else contextlib.nullcontext(), fewbit.scope(min_bytes=0):
+        outputs = [leaf.masked_fill(mask, 0.0) for mask in masks]
+        masks.clear()
+    _masks.look_again()
+    assert not _masks._waiting.masks
+    torch.autograd.backward(outputs, [torch.ones_like(x)] * 3)
+    assert torch.equal(leaf.grad, expected)
+
+
 # Nothing to do
 
 

@@ -719,3 +719,30 @@ def test_a_model_at_the_address_of_one_before_learns_as_any(opened: fewbit.scope
         del block
     assert len(addresses) < 20
     assert seen == [[3, 3, "y+1"]] * 20
+
+
+@pytest.mark.parametrize("settings", [{"bits": 3}, {"bits": 3, "recompute": True}], ids=str)
+def test_of_a_forward_that_failed_nothing_is_learned(settings: dict[str, Any]) -> None:
+    """Its traceback holds what it had in its hands."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.gelu(self.first(x))
+            return x + self.second(h)
+
+    net, opened = nn.Sequential(Block(), Block(), Block()), fewbit.scope(min_bytes=0, **settings)
+    before = steps(net, opened, 6)[-1]
+
+    def out_of_memory(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for _ in range(2):
+        hook = net[1].second.register_forward_pre_hook(out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError), opened:
+            net(torch.randn(64, 64))
+        hook.remove()
+        assert steps(net, opened, 2) == [before, before]

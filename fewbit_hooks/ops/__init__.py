@@ -8,6 +8,7 @@ from ._coders import compare as compare
 from ._devices import capturing as capturing
 from ._devices import must_be_ready as must_be_ready
 from ._devices import put as put
+from ._devices import results_may_change as results_may_change
 from ._devices import seen_by_modes as seen_by_modes
 from ._devices import unnoticed as unnoticed
 from ._devices import unseen as unseen

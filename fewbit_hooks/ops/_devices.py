@@ -48,14 +48,24 @@ def must_be_ready(x: Tensor) -> bool:
     return not x.is_cpu or seen_by_modes() > 0
 
 
+def results_may_change() -> bool:
+    """Whether a `TorchDispatchMode` may give other results than torch: somebody's own, as those of torch look on."""
+    return seen_by_modes() > 0 and not all(name.startswith("torch.") for name in _modules_of_modes())
+
+
 def _selectively_checkpointed() -> bool:
-    modes = (torch._C._get_dispatch_stack_at(i) for i in range(torch._C._len_torch_dispatch_stack()))
-    return any(type(mode).__module__ == "torch.utils.checkpoint" for mode in modes)
+    return "torch.utils.checkpoint" in _modules_of_modes()
+
+
+def _modules_of_modes() -> set[str]:
+    modes = map(torch._C._get_dispatch_stack_at, range(torch._C._len_torch_dispatch_stack()))
+    return {type(mode).__module__ for mode in modes}
 
 
 @contextlib.contextmanager
 def waiting(device: torch.device) -> Iterator[None]:
-    """The host may wait for the device here, and nothing is recognised, recorded or seen.
+    """The host may wait for the device here, and nothing is recognised, recorded or seen; what is made is kept, and so
+    an ordinary tensor under `torch.inference_mode()`, too.
 
     In the end it has waited: what was made here is there for every stream, and not only for the one that it was made
     on.
@@ -71,7 +81,7 @@ def waiting(device: torch.device) -> Iterator[None]:
     try:
         if mode:
             torch.cuda.set_sync_debug_mode(0)
-        with unseen(), torch.no_grad():
+        with unseen(), torch.inference_mode(False), torch.no_grad():
             yield
             if cuda:
                 torch.cuda.current_stream(device).synchronize()

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import threading
 import warnings
 from collections.abc import Callable
 from types import ModuleType
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .. import _errors
+from .._locks import lock
 from . import _beside, _torch, _two_values
 from ._coders import Coder, Thresholds
 from ._devices import capturing, waiting
@@ -52,7 +52,7 @@ class Backend(NamedTuple):
 _found: dict[tuple[torch.device | str, str], Backend] = {}
 """By device, the CPU as "cpu", and name of the module of kernels."""
 _looking: set[tuple[torch.device | str, str]] = set()
-_lock = threading.RLock()  # what the garbage collector finds meanwhile may code a tensor, too
+_lock = lock()  # what the garbage collector finds meanwhile may code a tensor, too
 
 
 def is_installed(package: str) -> bool:
@@ -116,6 +116,8 @@ def _look(device: torch.device, name: str) -> Backend:
         with waiting(device):
             kernels = importlib.import_module(f".{name}", __package__)
             check(kernels, device)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # that says nothing of the kernels: they are asked again
     except Exception as error:  # see the note above
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         warnings.warn(
