@@ -169,8 +169,10 @@ def _asked(coding: Coding, call: Call, x: Any, more: tuple[Any, ...], rest: dict
         x: the input.
         more, rest: the arguments after it, by place and by name.
     """
-    if type(x) is not Tensor or not x.requires_grad or x.numel() * x.element_size() < coding.min_bytes:
+    if type(x) is not Tensor or not x.requires_grad:
         return None
+    if torch.fx.experimental.symbolic_shapes.guard_or_false(x.numel() * x.element_size() < coding.min_bytes):
+        return None  # a size that depends on data may be large
     for value in (*more, *rest.values()):
         if isinstance(value, Tensor):
             return None
@@ -202,6 +204,8 @@ def _constants(
     from ._errors import FewbitError
 
     traced = True
+    if _are_others_hooks():
+        return None
     activation = find(name)
     bits = dict(coding.named).get(name, coding.bits)
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
@@ -219,6 +223,29 @@ def _constants(
     except FewbitError:
         return None
     return bits, tuple(book.boundaries.tolist()), tuple(book.levels.tolist()), book.folded
+
+
+def _are_others_hooks() -> bool:
+    """Runs in Python, when a graph is traced, which is guarded by the answer: whether saved-tensor hooks, a
+    checkpoint's say, were put inside the scope, which leaves what they lie around to them."""
+    from torch._dynamo.guards import install_guard
+    from torch._dynamo.source import GlobalStateSource
+
+    found = _are_others_innermost()
+
+    def create(builder: Any, guard: Any) -> None:
+        said = [f"saved-tensor hooks inside the fewbit_hooks.scope: {found}"]
+        builder.guard_manager.root.add_lambda_guard(lambda _: _are_others_innermost() == found, said, guard.user_stack)
+
+    install_guard(GlobalStateSource().make_guard(create))
+    return found
+
+
+def _are_others_innermost() -> bool:
+    from ._stack import active
+
+    top, entry = torch._C._autograd._top_saved_tensors_default_hooks(True), active()  # while it is traced, too
+    return top is not None and (entry is None or top[0] is not entry.hooks)
 
 
 # What torch.compiler.assume_constant_result does; itself it would import all of Dynamo.

@@ -529,3 +529,51 @@ def test_a_profile_reads_each_attribute_where_dynamo_leaves_code_to_python() -> 
     assert set(found) == {
         (torch.float32, torch.device("cpu"), (3, 4), True, True, 2, torch.device("cpu"), torch.float32)
     }
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
+def test_a_compiled_block_in_a_checkpoint_is_left_to_the_checkpoint(inside: bool) -> None:
+    net, x = mlp(), torch.randn(32, 16)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+
+    def checkpointed(x: Tensor) -> Tensor:
+        y: Tensor = torch.utils.checkpoint.checkpoint(compiled, x, use_reentrant=False)
+        return y
+
+    stock = gradient(net, checkpointed, x)
+    for _ in range(2):
+        net.zero_grad()
+        with scope():
+            loss = checkpointed(x).square().sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        assert torch.equal(net[0].weight.grad, stock)
+        assert not close(gradient(net, compiled, x, scope()), stock)  # where there is no checkpoint it is coded
+    assert counters["stats"]["unique_graphs"] == 3
+
+
+def test_hooks_of_others_inside_the_scope_around_a_compiled_call_keep_it_exact() -> None:
+    net, x = mlp(), torch.randn(32, 16)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+
+    def offloaded(x: Tensor) -> Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            y: Tensor = compiled(x)
+        return y
+
+    stock, coded = gradient(net, compiled, x), gradient(net, net, x, scope())
+    assert torch.equal(gradient(net, offloaded, x, scope()), stock)
+    assert close(gradient(net, compiled, x, scope()), coded)
+    with torch.autograd.graph.save_on_cpu():  # around the scope: they are handed the codes
+        assert close(gradient(net, compiled, x, scope()), coded)
+
+
+def test_a_size_that_depends_on_data_is_coded_with_no_break() -> None:
+    net, x = mlp(), torch.randn(1024, 16)  # of so many the activations may be larger than `min_bytes`
+    chosen = x[:, 0] > 0
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(lambda x: net(x[chosen]), backend="aot_eager", fullgraph=True)
+        found = gradient(net, compiled, x, fewbit.scope(3))
+    assert close(found, gradient(net, lambda x: net(x[chosen]), x, scope()))

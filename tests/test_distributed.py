@@ -178,13 +178,15 @@ def scatter(y: Tensor) -> None:
     "collective",
     [
         exchange,
-        exchange_in_lists,
-        pytest.param(
-            scatter,
-            marks=pytest.mark.skipif(
-                not hasattr(torch.distributed, "all_gather_single"), reason="before torch 2.13 no mode is told of it"
-            ),
-        ),
+        *[
+            pytest.param(
+                collective,
+                marks=pytest.mark.skipif(
+                    not hasattr(torch.distributed, "all_gather_single"), reason="before torch 2.13 no mode is told of it"
+                ),
+            )
+            for collective in (exchange_in_lists, scatter)
+        ],
     ],
 )
 def test_an_output_that_a_collective_changes_is_not_relied_upon(

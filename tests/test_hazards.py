@@ -807,8 +807,14 @@ def test_jit_trace_records_what_it_did() -> None:
 
 
 @pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.usefixtures("registered_for_one_test_only")
 def test_export_records_what_it_did(strict: bool) -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), nn.ReLU())
+    class Softly(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.sigmoid(1.702 * x)
+
+    fewbit.register_module(Softly, "quick_gelu")
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), Softly(), nn.Linear(8, 8), nn.ReLU())
     v = torch.randn(4, 8)
     expected = [str(n.target) for n in torch.export.export(model, (v,), strict=strict).graph.nodes]
     opened = fewbit.scope(bits=1, min_bytes=0)
