@@ -174,6 +174,9 @@ class scope:
         try:
             yield
             failed = False
+        except StopIteration:  # a generator is over
+            failed = False
+            raise
         finally:
             self._leave(entry, failed=failed)
 

@@ -148,7 +148,11 @@ class Sites:
                 if candidate is not None:  # a place inside a module's forward: the line that calls the model is none
                     place = candidate
                     break
-            elif candidate is None and not _is_of_others(code):
+            elif (
+                candidate is None
+                and not code.co_filename.startswith(_NOT_THE_USERS)
+                and code.co_name != "__torch_function__"  # nor is that of a mode of his
+            ):
                 candidate = code, frame.f_lasti
             frame = frame.f_back
         if module is None:
@@ -210,11 +214,6 @@ class Sites:
             self._purge_at = max(1024, 2 * len(self._places))
 
 
-def _is_of_others(code: CodeType) -> bool:
-    """No code of the model: torch's, ours, or that of a mode of the user's."""
-    return code.co_filename.startswith(_NOT_THE_USERS) or code.co_name == "__torch_function__"
-
-
 _learned: dict[Any, Sites] = {}
 
 
@@ -239,7 +238,7 @@ def _line_around(module: nn.Module) -> tuple[nn.Module | None, tuple[CodeType, i
             if line is not None:
                 return found, line
             inside |= found is module
-        elif inside and not _is_of_others(code):
+        elif inside and not code.co_filename.startswith(_NOT_THE_USERS):
             line = line or (code, frame.f_lasti)
         frame = frame.f_back
     return None, None

@@ -182,7 +182,8 @@ def scatter(y: Tensor) -> None:
             pytest.param(
                 collective,
                 marks=pytest.mark.skipif(
-                    not hasattr(torch.distributed, "all_gather_single"), reason="before torch 2.13 no mode is told of it"
+                    not hasattr(torch.distributed, "all_gather_single"),
+                    reason="before torch 2.13 no mode is told of it",
                 ),
             )
             for collective in (exchange_in_lists, scatter)

@@ -746,3 +746,20 @@ def test_of_a_forward_that_failed_nothing_is_learned(settings: dict[str, Any]) -
             net(torch.randn(64, 64))
         hook.remove()
         assert steps(net, opened, 2) == [before, before]
+
+
+def test_of_a_generator_that_is_over_is_learned() -> None:
+    net = chain(nn.GELU())
+    opened = fewbit.scope(bits=3, min_bytes=0)
+
+    @opened
+    def losses() -> Any:
+        yield
+        kept.append(net(torch.randn(64, 64)).square().mean())
+
+    for _ in range(3):
+        kept: list[Tensor] = []
+        list(losses())
+        rows = [how(row) for row in opened.report().rows]
+        kept[0].backward()
+    assert rows == ["y+1"]
