@@ -201,7 +201,7 @@ def _run_or_leave(composite: Composite) -> types.FunctionType:
     forward, run, run_compiled, plainly = composite.forward, _run, _compiled.run, _compiled.plainly
     thread, acting, coding = _stack.this_thread, _stack.acting, _stack.coding_here
     is_compiling, is_grad_enabled, partial = torch.compiler.is_compiling, torch.is_grad_enabled, functools.partial
-    is_exporting = _compiled.is_exporting
+    is_exporting, others_see = _compiled.is_exporting, _stack.others_see
     native = composite.native
     call = replace(composite.call, fixed=tuple(composite.parameters.items())) if composite.call is not None else None
     tensor = Tensor
@@ -223,7 +223,7 @@ def _run_or_leave(composite: Composite) -> types.FunctionType:
         if thread.acting is None:  # outside of any scope this is all that it costs
             return forward(self, *args, **kwargs)
         if is_compiling():
-            found, given = coding(), (*args, *kwargs.values())
+            found, given = None if others_see() else coding(), (*args, *kwargs.values())
             if call is None or found is None or len(given) != 1 or not isinstance(given[0], tensor) or is_exporting():
                 return forward(self, *args, **kwargs)
             whole = serves(id(self), str(given[0].dtype), str(given[0].device))

@@ -332,7 +332,8 @@ class _Mode(TorchFunctionMode):
         if self.entry is None:
             return func(*args, **kwargs)
         if torch.compiler.is_compiling():
-            return _compiled.run(self.entry.coding, call, func, args, kwargs)
+            # what modes around make of it is not known here
+            return _compiled.run(None if _stack.others_see() else self.entry.coding, call, func, args, kwargs)
         if torch._C._len_torch_function_stack():  # modes of others lie around the scope
             return _stack.beneath(self, func, args, kwargs)
         if _compiled.callback() is None:

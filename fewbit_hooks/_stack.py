@@ -207,9 +207,12 @@ def _put_on(modes: list[TorchFunctionMode]) -> None:
 
 def others_see() -> bool:
     """Whether modes of others, inside or around, see each call that is made here; all that torch's own for
-    `torch.set_default_device` does is to give new tensors a device."""
-    modes = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
-    return any(mode is not _thread.mode and type(mode) is not DeviceContext for mode in modes)
+    `torch.set_default_device` does is to give new tensors a device. Dynamo reads it: it must be plain."""
+    for i in range(torch._C._len_torch_function_stack()):
+        mode = torch._C._get_function_stack_at(i)
+        if mode is not _thread.mode and type(mode) is not DeviceContext:
+            return True
+    return False
 
 
 def _on_stack(mode: TorchFunctionMode) -> bool:

@@ -203,3 +203,25 @@ def test_a_default_device_is_no_mode_that_would_see_into_a_module() -> None:
     with torch.device("cpu"), fewbit.scope(bits=3, min_bytes=0) as memory:
         mlp(Primitives())(torch.ones(4, 16))
     assert [row.bits for row in memory.report().rows] == [3]
+
+
+@pytest.mark.filterwarnings("ignore")  # Dynamo's own
+@pytest.mark.parametrize(("act", "replaced"), [(nn.GELU, F.gelu), (Primitives, torch.tanh)])
+@pytest.mark.parametrize("inside", [False, True], ids=["around", "inside"])
+def test_what_a_mode_computes_instead_has_its_own_gradient_in_a_compiled_graph(
+    act: Callable[[], nn.Module], replaced: Any, inside: bool
+) -> None:
+    def gradient(settings: dict[str, Any] | None, mode: Any) -> Tensor:
+        torch._dynamo.reset()
+        net = mlp(act())
+        scope = quiet(**settings) if settings is not None else contextlib.nullcontext()
+        with scope if inside else mode, mode if inside else scope:
+            y = torch.compile(net, backend="aot_eager", fullgraph=True)(torch.ones(4, 16))
+        y.square().sum().backward()
+        found: Tensor = net[0].weight.grad
+        return found
+
+    instead = {replaced: torch.sin}
+    assert torch.equal(gradient({"bits": 2}, Instead(instead)), gradient(None, Instead(instead)))
+    device = torch.device("cpu")  # no mode of anybody's
+    assert not torch.equal(gradient({"bits": 2}, device), gradient(None, device))
