@@ -337,9 +337,8 @@ def _run_activation(
 
 def _is_seen_into(module: nn.Module) -> bool:
     """Whether somebody else sees its primitives, or the modules in it: what he does with what he sees, a penalty on it
-    say, must be recorded, and be done once; and primitives that a mode changes are not those that would run again."""
-    inner = (m for m in module.modules() if m is not module)
-    return _stack.others_see() or ops.results_may_change() or any(map(has_hooks, inner))
+    say, must be recorded, and be done once."""
+    return _stack.others_see() or any(has_hooks(m) for m in module.modules() if m is not module)
 
 
 def _refuse_if_seen_into(module: nn.Module) -> None:

@@ -111,7 +111,6 @@ def admits(
         or _policy.traced()  # before the size is asked for: that would be traced, too
         or x.numel() * x.element_size() < max(min_bytes, 1)
         or _policy.obstacle(x, hooks)
-        or ops.results_may_change()  # what is computed again runs without modes
     ):
         return None
     return x, tensors

@@ -171,7 +171,7 @@ def test_what_a_hook_does_inside_of_a_module_that_is_run_as_a_whole_is_recorded_
     torch.testing.assert_close(found, net[0].weight.grad, rtol=0, atol=1e-3 * found.abs().max())
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", [s for s in SETTINGS if "recompute" not in s], ids=str)
 @pytest.mark.parametrize("act", [nn.GELU, nn.Softplus, nn.ReLU6, nn.LeakyReLU, nn.ReLU])
 def test_no_derivative_is_taken_from_an_output_that_a_dispatch_mode_made_another(
     act: Callable[[], nn.Module], settings: dict[str, Any]
