@@ -121,7 +121,7 @@ class Activation:
                     return np.asarray(self.derivative_of(s, **parameters), np.float64)
                 y = self.function(s.requires_grad_(), **parameters)
                 (slope,) = torch.autograd.grad(y, s, torch.ones_like(y))
-        except torch.OutOfMemoryError:
+        except ops.OUT_OF_MEMORY:
             raise
         except RuntimeError as error:
             given = ", ".join(f"{key}={value!r}" for key, value in parameters.items())

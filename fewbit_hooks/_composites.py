@@ -467,8 +467,8 @@ def _reason_to_leave(composite: Composite, module: nn.Module, x: Tensor) -> str:
     try:
         with pristine(autocast=True):
             y = _Shell(composite, module)(probe, *(p.detach() for p in _own(module)))
-    except (MemoryError, torch.OutOfMemoryError):
-        raise  # that says nothing of the module: it is asked again
+    except ops.OUT_OF_MEMORY:
+        raise  # the module is asked again
     except Exception as error:  # the report has it
         return NO_PROBE.format(error)
     if not isinstance(y, Tensor) or y.shape != probe.shape or probe._version != version or _shared(y, probe):
@@ -481,7 +481,7 @@ def _reason_to_leave(composite: Composite, module: nn.Module, x: Tensor) -> str:
         return HAS_PARAMETERS
     try:
         same = _computes(composite, composite.call, module)
-    except (MemoryError, torch.OutOfMemoryError):
+    except ops.OUT_OF_MEMORY:
         raise
     except Exception as error:
         return NO_PROBE.format(error)

@@ -169,7 +169,7 @@ class WaitingMask:
             try:
                 with ops.unnoticed():
                     packed = PackedMask(mask, ops.encode(mask, 1, ops.not_zero), 1, self._step)
-            except (MemoryError, torch.OutOfMemoryError):
+            except ops.OUT_OF_MEMORY:
                 return True  # it serves as it is
             with self._step.lock:
                 self._row.stored_bytes += packed.nbytes

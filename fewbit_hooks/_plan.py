@@ -19,7 +19,7 @@ from ._codebook import Codebook
 from ._errors import FewbitError
 from ._inverse import Inverse, Itself, find_inverse
 from ._standins import SIXTEEN_BIT, Function, Saves, derivative_from, saved_by, saves, standins, standins_16bit
-from ._two_valued import Coder, TwoValued
+from ._two_valued import TwoValued
 
 NAN = "holds NaN, where stock's gradient depends on the position"
 NOT_FINITE = "holds NaN or infinities, where stock's gradient is NaN"
@@ -89,7 +89,7 @@ class Plan:
             rows = self.level_rows(ops.multiplied_in(x.dtype, x.device), x.device)
             ops.multiply(x, codes, rows, self.bits, layout)
 
-    def coder(self, dtype: torch.dtype, device: torch.device) -> Coder:
+    def coder(self, dtype: torch.dtype, device: torch.device) -> ops.Coder:
         """What maps a flat chunk to codes: of the input if the activation is smooth, else of the saved tensor."""
         if self.thresholds is not None:
             return self.thresholds

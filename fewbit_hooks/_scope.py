@@ -174,9 +174,6 @@ class scope:
         try:
             yield
             failed = False
-        except StopIteration:  # a generator is over
-            failed = False
-            raise
         finally:
             self._leave(entry, failed=failed)
 
@@ -235,11 +232,11 @@ class scope:
         resume: Callable[[], Any] = functools.partial(next, generator)
         try:
             while True:
-                try:
-                    with self._open():  # only while the generator's own code runs, not the caller's between two items
+                with self._open():  # only while the generator's own code runs, not the caller's between two items
+                    try:
                         item = resume()
-                except StopIteration as stop:
-                    return stop.value
+                    except StopIteration as stop:
+                        return stop.value
                 try:
                     sent = yield item
                     resume = functools.partial(generator.send, sent)

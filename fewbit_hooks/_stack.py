@@ -185,18 +185,18 @@ def beneath(mode: TorchFunctionMode, function: Callable[..., Any], args: Any, kw
     What they make of it, another function perhaps, or a second one beside it, is recognised for what it is: hooks and
     nodes of ours lie around no call but the one that they are for.
     """
-    others = _modes()
+    others = _take_all_off()
     torch._C._push_on_torch_function_stack(mode)
     _put_on(others)
     try:
         return function(*args, **kwargs)
     finally:
-        _modes()
+        _take_all_off()
         _put_on(others)
 
 
-def _modes() -> list[TorchFunctionMode]:
-    """Take all modes off the stack: the innermost first."""
+def _take_all_off() -> list[TorchFunctionMode]:
+    """The modes that were on the stack, the innermost first."""
     return [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())]
 
 

@@ -7,7 +7,7 @@ of torch (at the limits of clamp the derivative was 1, and is 0 from 2.14 on).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,6 @@ from . import ops
 from ._activations import Parameter
 from ._inverse import serves_itself
 from ._standins import SIXTEEN_BIT, Function, all_values, derivative_from
-
-Coder = Callable[[Tensor], Tensor]
 
 CPU = torch.device("cpu")
 
@@ -42,7 +40,7 @@ class TwoValued:
     def __init__(self, function: Function, parameters: Mapping[str, Parameter]) -> None:
         self._function = function
         self._parameters = parameters
-        self._coders: dict[tuple[torch.dtype, torch.device], Coder] = {}
+        self._coders: dict[tuple[torch.dtype, torch.device], ops.Coder] = {}
         self._serves: dict[tuple[torch.dtype, torch.device], bool] = {}
         self._holds_in: set[torch.dtype] = set()  # asked at each call: a dtype's hash takes less than a device's
 
@@ -52,7 +50,7 @@ class TwoValued:
             self._holds_in.add(dtype)
         return dtype in self._holds_in
 
-    def coder(self, dtype: torch.dtype, device: torch.device) -> Coder | None:
+    def coder(self, dtype: torch.dtype, device: torch.device) -> ops.Coder | None:
         """Tells which saved values have another derivative than the first; None if there is a third, or no interval."""
         key = dtype, device
         if key not in self._coders:
@@ -88,14 +86,14 @@ class TwoValued:
         both = [middle.get(0, middle.get(1, 0.0)), middle.get(1, middle.get(0, 0.0))]
         return torch.tensor(both, dtype=torch.float64, device=CPU).to(dtype)
 
-    def _ask(self, dtype: torch.dtype, device: torch.device) -> Coder | None:
+    def _ask(self, dtype: torch.dtype, device: torch.device) -> ops.Coder | None:
         """What the kernel itself says."""
         if dtype in SIXTEEN_BIT:
             values = all_values(dtype)
         else:
             # all constants of ours are small integers; to sort every bfloat16 takes 10 ms, at each limit of a clipping
-            integers = torch.arange(-128.0, 128.0, dtype=dtype, device="cpu")
-            infinities = torch.tensor([-math.inf, math.inf], dtype=dtype, device="cpu")
+            integers = torch.arange(-128.0, 128.0, dtype=dtype, device=CPU)
+            infinities = torch.tensor([-math.inf, math.inf], dtype=dtype, device=CPU)
             values = self._and_around_parameters(torch.cat([integers, infinities])).unique()  # ascending
             values = torch.cat([values, torch.full_like(values[:1], math.nan)])
         there = values.to(device)
@@ -125,7 +123,7 @@ class TwoValued:
         # an interval may be too narrow for the spread: add its ends, -lambd among them, and their mean
         ends = [*numbers, *(-p for p in numbers), float(np.mean(numbers or [0]))]
         with torch.autocast("cpu", enabled=False):  # which refuses to put float16 together, where it is for bfloat16
-            at = torch.cat([spread, torch.tensor(ends, dtype=torch.float64, device="cpu").to(spread.dtype)])
+            at = torch.cat([spread, torch.tensor(ends, dtype=torch.float64, device=CPU).to(spread.dtype)])
             tiny = torch.finfo(at.dtype).smallest_normal
             neighbours = [
                 torch.where(at == 0, sign * tiny, torch.nextafter(at, torch.full_like(at, sign * np.inf)))

@@ -5,6 +5,7 @@ from ._coders import Coder as Coder
 from ._coders import Lookup as Lookup
 from ._coders import Thresholds as Thresholds
 from ._coders import compare as compare
+from ._devices import OUT_OF_MEMORY as OUT_OF_MEMORY
 from ._devices import capturing as capturing
 from ._devices import must_be_ready as must_be_ready
 from ._devices import put as put

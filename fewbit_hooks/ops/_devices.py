@@ -14,6 +14,10 @@ seen_by_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 """How many `TorchDispatchMode`s see each call."""
 
 
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+"""What says nothing of that which was tried when it was raised."""
+
+
 @contextlib.contextmanager
 def unseen() -> Iterator[None]:
     """No mode of anybody's sees the calls of torch that are made here.

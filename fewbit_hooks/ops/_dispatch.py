@@ -27,7 +27,7 @@ from .. import _errors
 from .._locks import lock
 from . import _beside, _torch, _two_values
 from ._coders import Coder, Thresholds
-from ._devices import capturing, waiting
+from ._devices import OUT_OF_MEMORY, capturing, waiting
 from ._layout import Layout, computed_in
 
 DEVICE_TYPES = frozenset({"cuda"})
@@ -116,8 +116,8 @@ def _look(device: torch.device, name: str) -> Backend:
         with waiting(device):
             kernels = importlib.import_module(f".{name}", __package__)
             check(kernels, device)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise  # that says nothing of the kernels: they are asked again
+    except OUT_OF_MEMORY:
+        raise  # the kernels are asked again
     except Exception as error:  # see the note above
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         warnings.warn(
