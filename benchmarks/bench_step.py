@@ -157,10 +157,18 @@ def selectively_checkpointed(model: nn.Module) -> nn.Module:
     return checkpointed(model, context_fn=functools.partial(create_selective_checkpoint_contexts, MATRIX_PRODUCTS))
 
 
-def compiled(model: nn.Module, around: AbstractContextManager[Any] | None = None) -> Any:
-    """The model compiled by Inductor, and what its forward runs in."""
-    made = torch.compile(copy.deepcopy(model), options={"fallback_random": True})
-    return made, around or contextlib.nullcontext()
+def compiled(model: nn.Module, scope: fewbit.scope | None = None, *, budget: float = 1.0) -> Any:
+    """The model compiled by Inductor, and what its forward runs in.
+
+    Args:
+        budget: so much of what it would keep is kept, and the rest computed again.
+    """
+    options: dict[str, Any] = {"fallback_random": True}
+    if budget < 1.0:
+        # as it is by default; Dynamo takes graphs of copies from each other where their options are the same
+        options["triton.unique_kernel_names"] = torch._inductor.config.triton.unique_kernel_names
+    made = torch.compile(copy.deepcopy(model), options=options)
+    return made, budgeted(budget, scope)
 
 
 class offloaded(contextlib.ExitStack):
@@ -175,15 +183,17 @@ class offloaded(contextlib.ExitStack):
         return self.enter_context(self._scope)
 
 
-class Budget:
-    """Inside it, a graph that is compiled keeps half of what it would, and computes the rest again."""
+class budgeted(contextlib.ExitStack):
+    """A scope, and a budget for the graphs that are compiled inside it."""
 
-    def __enter__(self) -> None:
-        self._patch = torch._functorch.config.patch(activation_memory_budget=0.5)
-        self._patch.__enter__()
+    def __init__(self, budget: float, scope: fewbit.scope | None) -> None:
+        super().__init__()
+        self._budget = budget
+        self._scope = scope or contextlib.nullcontext()
 
-    def __exit__(self, *error: Any) -> None:
-        self._patch.__exit__(*error)
+    def __enter__(self) -> Any:
+        self.enter_context(torch._functorch.config.patch(activation_memory_budget=self._budget))
+        return self.enter_context(self._scope)
 
 
 ROWS: dict[str, Way] = {
@@ -197,8 +207,9 @@ ROWS: dict[str, Way] = {
     "checkpoint per block": lambda model: (checkpointed(model), contextlib.nullcontext()),
     "selective checkpoint": lambda model: (selectively_checkpointed(model), contextlib.nullcontext()),
     "compiled": compiled,
-    "compiled, budget 0.5": lambda model: compiled(model, Budget()),
     "compiled, scope(bits=3)": lambda model: compiled(model, fewbit.scope(bits=3)),
+    "compiled, budget 0.5": lambda model: compiled(model, budget=0.5),
+    "compiled, budget 0.5, scope(bits=3)": lambda model: compiled(model, fewbit.scope(bits=3), budget=0.5),
 }
 """The first is what the others are compared with."""
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from . import _modules
 from ._errors import FewbitTypeError
+from ._locks import lock
 
 Rule: TypeAlias = str | type[nn.Module] | Callable[[nn.Module], bool]
 Chain: TypeAlias = tuple[tuple[_modules.ModuleRef, bool], ...]
@@ -20,6 +21,8 @@ WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 
 CALLERS = 256
 """From so many places one module's calls are remembered: some models are built anew around parts that stay."""
+
+_lock = lock()
 
 
 class Exclusion:
@@ -55,22 +58,28 @@ class Exclusion:
         found = self._found.setdefault(chain[0], {})
         # one module may be called from several; and a predicate may go by the mode
         key = tuple([(weakref.ref(module), module.training) for module in chain])
-        if key not in found:
+        excluded = found.get(key)
+        if excluded is None:
             if len(found) >= CALLERS:
                 found.clear()
             names = _names(chain, self.rules)
-            self._models.add(chain[-1])
-            found[key] = any(_matches(rule, chain, names) for rule in self.rules)
-        return found[key]
+            with _lock:
+                self._models.add(chain[-1])
+            excluded = found[key] = any(_matches(rule, chain, names) for rule in self.rules)
+        return excluded
 
     def misses(self) -> list[str]:
         """The names of modules that no model has that was seen so far."""
-        names = {name for model in self._models for name, _ in _named(model)}
+        names = {name for model in self._seen() for name, _ in _named(model)}
         return [rule for rule in self.rules if isinstance(rule, str) and not _matches(rule, [], names)]
 
     def models(self) -> list[str]:
         """The classes of those models."""
-        return sorted({type(model).__name__ for model in self._models})
+        return sorted({type(model).__name__ for model in self._seen()})
+
+    def _seen(self) -> list[nn.Module]:
+        with _lock:
+            return list(self._models)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"rules": self.rules}

@@ -23,10 +23,12 @@ class MaskCall(Call):
     Attributes:
         mask: the argument that is the mask; empty where the call draws it itself.
         returns: the caller is given the mask, and may hold it.
+        plain: it multiplies its input by the mask, element by element, and does nothing else.
     """
 
     mask: str = ""
     returns: bool = False
+    plain: bool = False
 
     def draws_nothing(self, given: Mapping[str, Any]) -> bool:
         """This dropout does nothing (evaluation, p=0), or leaves nothing (p=1: the mask is a single 0).
@@ -133,6 +135,7 @@ def _fill() -> None:
                 tuple(names.split()),
                 mask=_MASK_ARGUMENT.get(name, ""),
                 returns=path.endswith("native_dropout"),
+                plain=path.endswith(".dropout"),
             )
             for function in _callables(path):
                 register_call(function, call)

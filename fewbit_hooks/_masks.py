@@ -34,7 +34,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _policy, _recipes, _recompute, ops
@@ -50,9 +49,6 @@ from ._storages import owners
 
 FLOATS = "a mask of floats on CUDA: the host would have to wait to see that it has two values"
 CAPTURING = "a mask of the caller's, while a CUDA graph is captured"
-
-PLAIN_DROPOUT = frozenset({F.dropout, torch.dropout, torch.ops.aten.dropout, torch.ops.aten.dropout.default})
-"""The dropouts that multiply their input by the mask, element by element, and do nothing else."""
 
 LOOKS = 8
 """How often a waiting mask is looked at before it counts as held for good. A module that masks twice or thrice has
@@ -105,7 +101,7 @@ def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: 
         if hook.kept:
             for made in _tensors_of(y):
                 ledger.ends_at(made)
-        plain = func in PLAIN_DROPOUT and not given.get("inplace")
+        plain = call.plain and not given.get("inplace")
         if entry.recomputes and plain and hook.packed is not None and isinstance(y, Tensor):
             _recompute.note_dropout(x, y, hook.packed, given.get("p", 0.5))
         return y

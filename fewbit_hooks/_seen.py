@@ -16,7 +16,6 @@ from . import _composites, _consumers, _copies, _policy, _recompute, _treatment,
 from ._calls import RECOGNISED, Call, input_of
 from ._composites import Composite
 from ._mask_calls import MaskCall
-from ._masks import PLAIN_DROPOUT
 from ._recompute_calls import RECOMPUTE, RecomputeCall
 from ._recording import ACTIVATION, CAST, CHANGE, CONSUMER, COPY, EXPOSURE, MADE, MASK, NORM, SOFTMAX, Ref, Saved
 from ._sites import Sites
@@ -49,7 +48,7 @@ class Seen:
         """
         call, again = RECOGNISED.get(function), RECOMPUTE.get(function)
         if isinstance(call, MaskCall):
-            return self._mask_call(call, function, dict(zip(call.names, args, strict=False), **kwargs), y, kept)
+            return self._mask_call(call, dict(zip(call.names, args, strict=False), **kwargs), y, kept)
         if call is _copies.COPY:
             copies = _copies.inside(args, kwargs, y) is not None
             return {"kind": COPY, "x": self.ref(input_of(args, kwargs))} if copies else {}
@@ -137,9 +136,7 @@ class Seen:
             what["sources"] = (what["x"],)
         return {**what, "one_node": one_node}
 
-    def _mask_call(
-        self, call: MaskCall, function: Any, given: dict[str, Any], y: Tensor | None, kept: Sequence[Saved]
-    ) -> What:
+    def _mask_call(self, call: MaskCall, given: dict[str, Any], y: Tensor | None, kept: Sequence[Saved]) -> What:
         tensors = [value for value in given.values() if isinstance(value, Tensor)]
         x = next((t for t in tensors if t.requires_grad), None)
         draws_nothing = call.draws_nothing(given)
@@ -156,7 +153,7 @@ class Seen:
             if held is not None and not saved.mask:
                 others.append(self.ref(held.tensor))
         what: dict[str, Any] = {"kind": MASK, "keeps": tuple(others), "waits": call.returns or bool(call.mask)}
-        if function in PLAIN_DROPOUT and y is not None and not given.get("inplace"):
+        if call.plain and y is not None and not given.get("inplace"):
             what["sources"] = (self.ref(x),)
         return what
 

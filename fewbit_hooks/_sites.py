@@ -28,6 +28,7 @@ from torch import nn
 
 from . import _learning
 from ._learning import Site
+from ._locks import lock
 from ._modules import CALL_IMPL, ModuleRef, model_of, parameters_of
 
 STATES = 8
@@ -72,7 +73,7 @@ class Trainable:
             self.state = next(self._numbers)
         self._states[flags] = self.state  # the latest last
         if len(self._states) > STATES:
-            self._states.pop(next(iter(self._states)), None)  # another thread may have done it
+            _drop_the_oldest(self._states)
 
     def _flags(self) -> tuple[bool | None, ...]:
         """None for one that is gone."""
@@ -101,7 +102,7 @@ class _Place:
         site = self._sites.get(state)
         if site is None:
             if len(self._sites) >= 2 * STATES:
-                self._sites.pop(next(iter(self._sites)), None)  # another thread may have done it
+                _drop_the_oldest(self._sites)
             site = self._sites[state] = Site(self.module, self.model)
         site.model = self.model
         return site
@@ -215,15 +216,23 @@ class Sites:
 
 
 _learned: dict[Any, Sites] = {}
+_lock = lock()
 
 
 def learned_under(settings: Hashable) -> Sites:
     """The sites of all scopes with these settings."""
-    sites = _learned.pop(settings, None) or Sites()
-    _learned[settings] = sites  # the latest last
-    while len(_learned) > SETTINGS:
-        _learned.pop(next(iter(_learned)), None)  # another thread may have done it
-    return sites
+    with _lock:
+        sites = _learned.pop(settings, None) or Sites()
+        _learned[settings] = sites  # the latest last
+        while len(_learned) > SETTINGS:
+            _drop_the_oldest(_learned)
+        return sites
+
+
+def _drop_the_oldest(known: dict[Any, Any]) -> None:
+    """Each line at one stroke: other threads may come, and do the same."""
+    keys = list(known)
+    known.pop(keys[0], None)
 
 
 def _line_around(module: nn.Module) -> tuple[nn.Module | None, tuple[CodeType, int] | None]:

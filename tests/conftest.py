@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,10 @@ from held import held_for_backward as held_for_backward
 if not torch.cuda.is_available():
     # Triton reads it when a kernel is defined: set here, nothing in this process has imported triton before
     os.environ["TRITON_INTERPRET"] = "1"
+
+# What Inductor compiled it finds again by the code of a graph alone. In a process that could not try out the vectors
+# of its processor, as happens on a busy machine, that is code without, whose last places are others.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="fewbit-hooks-"))
 
 # Thousands of small calls: on a busy machine a second thread makes them three times slower. test_ops.py uses all.
 torch.set_num_threads(1)

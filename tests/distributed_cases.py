@@ -7,6 +7,7 @@ import copy
 import functools
 import os
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -263,8 +264,8 @@ def process(rank: int, directory: str, cases: tuple[str, ...]) -> None:
         for name in SCOPES:
             try:
                 results[case, name] = copy.deepcopy(CASES[case](name))
-            except Exception as error:
-                results[case, name] = f"{type(error).__name__}: {error}"
+            except Exception:
+                results[case, name] = traceback.format_exc()
     done = [Path(directory) / f"{r}.pt" for r in range(WORLD)]
     torch.save(results, done[rank].with_suffix(".part"))
     done[rank].with_suffix(".part").rename(done[rank])

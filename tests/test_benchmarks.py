@@ -41,6 +41,7 @@ def test_of_some_ops_and_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "no operation 'gelo'; there are gelu, gelu tanh" in capsys.readouterr().err
 
 
+@pytest.mark.timeout(1200)  # four graphs are compiled, forward and backward
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_of_a_step(tmp_path: Path) -> None:
     bench_step.main(["--quick", "--csv", str(tmp_path / "step.csv")])
@@ -50,6 +51,7 @@ def test_of_a_step(tmp_path: Path) -> None:
     assert held["scope(exact=True)"] <= held["stock"] == held["stock again"]
     assert held["scope(exact=True, recompute=True)"] < held["stock"]
     assert held["compiled, scope(bits=3)"] < held["compiled"]
+    assert held["compiled, budget 0.5, scope(bits=3)"] <= held["compiled, budget 0.5"] < held["compiled"]
     gradients = {name: float(row["gradients"]) for name, row in table.items()}
     assert gradients["scope(exact=True, recompute=True)"] == 0 < gradients["scope(bits=3)"] < 0.1
     assert gradients["compiled"] < 1e-5  # it draws the random numbers that an eager step draws

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from torch.autograd import forward_ad
 
 import fewbit_hooks as fewbit
-from fewbit_hooks import _compiled, ops
+from fewbit_hooks import _in_graph, ops
 
 from .conftest import quiet
 
@@ -70,7 +70,7 @@ def test_the_codes_are_those_of_the_reference(bits: int, dtype: torch.dtype, nam
     book = fewbit.codebook(name, bits)
     boundaries = torch.tensor(book.boundaries).to(dtype)
     x = torch.cat([torch.linspace(-9, 9, 983).to(dtype), boundaries, -boundaries, torch.tensor([torch.inf, torch.nan])])
-    codes = _compiled.encode(x, tuple(book.boundaries.tolist()), book.folded)
+    codes = _in_graph.encode(x, tuple(book.boundaries.tolist()), book.folded)
     packed = ops.encode(x, bits, ops.Thresholds(book.boundaries, book.folded))
     assert torch.equal(codes, ops.unpack_bits(packed, bits, len(x)).to(torch.int32))
 
@@ -79,9 +79,9 @@ def test_the_codes_are_those_of_the_reference(bits: int, dtype: torch.dtype, nam
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_packing_is_undone_at_every_length(bits: int, n: int) -> None:
     codes = torch.randint(0, 1 << bits, (n,), dtype=torch.int32)
-    packed = _compiled.pack_bits(codes, bits)
+    packed = _in_graph.pack_bits(codes, bits)
     assert [(column.dtype, len(column)) for column in packed] == [(torch.uint8, -(-n // 8))] * bits
-    assert torch.equal(torch.cat(_compiled.unpack_bits(packed, bits))[:n], codes)
+    assert torch.equal(torch.cat(_in_graph.unpack_bits(packed, bits))[:n], codes)
 
 
 @pytest.mark.parametrize("shape", [(), (0, 3), (5,), (4, 2, 3)])
@@ -89,7 +89,7 @@ def test_packing_is_undone_at_every_length(bits: int, n: int) -> None:
 def test_a_product_has_the_shape_of_the_gradient(bits: int, shape: tuple[int, ...]) -> None:
     levels = tuple(torch.randn(1 << bits).tolist())
     codes, grad = torch.randint(0, 1 << bits, shape, dtype=torch.int32), torch.randn(shape)
-    product = _compiled.multiply(grad, _compiled.pack_bits(codes, bits), bits, levels)
+    product = _in_graph.multiply(grad, _in_graph.pack_bits(codes, bits), bits, levels)
     assert torch.equal(product, grad * torch.tensor(levels)[codes.flatten()].view(shape))
 
 
@@ -97,7 +97,7 @@ def test_a_product_has_the_shape_of_the_gradient(bits: int, shape: tuple[int, ..
 def test_decoding_gives_each_code_its_level(bits: int) -> None:
     levels = tuple(torch.randn(1 << bits).tolist())
     codes = torch.arange(1 << bits, dtype=torch.int32)
-    assert _compiled.decode(codes, levels, torch.float32).tolist() == list(levels)
+    assert _in_graph.decode(codes, levels, torch.float32).tolist() == list(levels)
 
 
 ACTIVATIONS = [nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Mish(), nn.Tanh(), nn.Sigmoid(), nn.ELU(0.7), nn.Softplus(2.0)]

@@ -537,27 +537,19 @@ def test_a_model_may_have_parameters_of_its_own_making(opened: fewbit.scope) -> 
     assert fewbit.profile(Groups(), torch.randn(64, 64)).nbytes == 3 * 64 * 64 * 4  # what a, gelu and b keep
 
 
-def test_threads_that_share_a_scope_may_bring_new_modules_and_freeze_old_ones(opened: fewbit.scope) -> None:
+def interleaved(step: Callable[[int, int], object]) -> list[RuntimeError]:
+    """`step(thread, count)` again and again, for seconds, on threads that take turns as fast as they can."""
     interval, errors, until = sys.getswitchinterval(), [], time.monotonic() + 3
     sys.setswitchinterval(1e-6)
 
     def work(thread: int) -> None:
-        model, count = deep(), 0
+        count = 0
         while time.monotonic() < until and not errors:
             count += 1
-            if thread % 2:
-                model[0][0].bias.requires_grad_(count % 2 == 0)
-            else:
-                model = deep()
             try:
-                with opened:
-                    loss = model(torch.randn(2, 4)).sum()
-                loss.backward()
+                step(thread, count)
             except RuntimeError as error:
                 errors.append(error)
-
-    def deep() -> nn.Sequential:
-        return nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.GELU()) for _ in range(30)])
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for thread in threads:
@@ -565,7 +557,47 @@ def test_threads_that_share_a_scope_may_bring_new_modules_and_freeze_old_ones(op
     for thread in threads:
         thread.join()
     sys.setswitchinterval(interval)
-    assert not errors
+    return errors
+
+
+def test_threads_that_share_a_scope_may_bring_new_modules_and_freeze_old_ones(opened: fewbit.scope) -> None:
+    def deep() -> nn.Sequential:
+        return nn.Sequential(*[nn.Sequential(nn.Linear(4, 4), nn.GELU()) for _ in range(30)])
+
+    models = [deep() for _ in range(4)]
+
+    def step(thread: int, count: int) -> None:
+        if thread % 2:
+            models[thread][0][0].bias.requires_grad_(count % 2 == 0)
+        else:
+            models[thread] = deep()
+        with opened:
+            loss = models[thread](torch.randn(2, 4)).sum()
+        loss.backward()
+
+    assert not interleaved(step)
+
+
+def test_threads_may_make_scopes_of_many_settings() -> None:
+    assert not interleaved(lambda thread, count: _sites.learned_under((thread, count % 40)))
+
+
+def test_threads_that_make_scopes_of_equal_settings_learn_together() -> None:
+    made: set[int] = set()
+    learns = fewbit.scope(min_bytes=12345)  # and is kept, so that no other can have the address of what it learned
+    assert not interleaved(lambda thread, count: made.add(id(fewbit.scope(min_bytes=12345)._sites)))
+    assert made == {id(learns._sites)}
+
+
+def test_threads_may_see_which_states_a_model_was_in() -> None:
+    model, trainable = nn.Sequential(*[nn.Linear(2, 2) for _ in range(8)]), _sites.Trainable()
+    trainable.renew(model, 0)
+
+    def step(thread: int, count: int) -> None:
+        model[count % 8].bias.requires_grad_(count // 8 % (thread + 2) == 0)
+        trainable.look(model, 1)
+
+    assert not interleaved(step)
 
 
 class Subclass(Tensor):

@@ -160,5 +160,5 @@ print(_team.threads(), os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 @has_a_team
 def test_a_forked_process_does_not_wait_for_threads_that_it_has_not() -> None:
-    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=240)
     assert done.stdout == "8 0\n", done.stderr
