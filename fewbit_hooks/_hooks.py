@@ -32,8 +32,8 @@ from ._inverse import Inverse, Itself
 from ._learning import Site, Verdict
 from ._ledger import CODES, KEPT, OUTPUT, Ledger, Row, Step
 from ._plan import Plan
-from ._storages import StorageWeakRef, owners
-from ._watch import Watch
+from ._storages import StorageWeakRef, is_allocated, owners
+from ._watch import Watch, distrust
 
 Decoder: TypeAlias = Callable[[Tensor, Tensor | None, ops.Layout], Tensor]
 """From the output and the packed bits to a tensor of the layout."""
@@ -127,11 +127,11 @@ class Beside:
             self.output, self.version = detached(y), version_of(y)
 
     def has_changed(self) -> bool:
-        """Whether the output has been changed in place."""
+        """Whether the output has been changed in place, or its memory freed."""
         output = self.output
-        if type(output) is Tensor:
-            return output._version != self.version
-        return output is not None and version_of(output) != self.version
+        if output is None:
+            return False
+        return version_of(output) != self.version or not is_allocated(local_part(output))
 
     def lies_in(self, storage: int) -> bool:
         """Whether the output lies in the storage of that address."""
@@ -162,11 +162,17 @@ class Beside:
         begin_backward(self.name, self.step)
         assert self.output is not None
         if self.has_changed():
+            distrust(self)
+            version = version_of(self.output)
+            how = (
+                f"modified by an inplace operation: it is at version {version}, expected {self.version}"
+                if version != self.version
+                else "freed: its storage was resized"
+            )
             raise FewbitRuntimeError(
-                f"the output of {self.name}, of shape {list(self.output.shape)}, has been modified by an inplace "
-                f"operation: it is at version {version_of(self.output)}, expected {self.version}. Its derivative is "
+                f"the output of {self.name}, of shape {list(self.output.shape)}, has been {how}. Its derivative is "
                 "taken from the output, which another node was seen to keep. From the next step on it is not; for this "
-                "one, replace the inplace operation, or run the module under `with fewbit_hooks.scope(bits=None):`."
+                "one, let the output be, or run the module under `with fewbit_hooks.scope(bits=None):`."
             )
         return local_part(self.output)
 

@@ -60,15 +60,18 @@ def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: 
     given = dict(zip(call.names, args, strict=False), **kwargs)
     if call.draws_nothing(given):
         return _run_without(entry, call, func, args, kwargs) if entry.recomputes else func(*args, **kwargs)
-    x, tensors = None, []
-    for value in given.values():
-        if isinstance(value, Tensor):
-            tensors.append(value)
-            if x is None and value.requires_grad:
-                x = value
+    settings, ledger = entry.scope._settings, entry.scope._ledger
+    tensors = [value for value in given.values() if isinstance(value, Tensor)]
+    foreign = next((t for t in tensors if type(t) not in (Tensor, nn.Parameter)), None)
+    if foreign is not None:  # it decides what is saved
+        with torch._C.DisableTorchFunctionSubclass():
+            if any(t.requires_grad for t in tensors):
+                reason = _policy.TRACING if _policy.traced() else _policy.obstacle(foreign, entry.hooks)
+                ledger.passed(call.name, reason, 0)
+        return func(*args, **kwargs)
+    x = next((t for t in tensors if t.requires_grad), None)
     if x is None:
         return func(*args, **kwargs)
-    settings, ledger = entry.scope._settings, entry.scope._ledger
     if _policy.traced():  # before the size is asked for: that may be a symbol
         ledger.passed(call.name, _policy.TRACING, 0)
         return func(*args, **kwargs)
@@ -76,9 +79,7 @@ def run(entry: Entry, call: MaskCall, func: Any, args: tuple[Any, ...], kwargs: 
     if nbytes is not None and nbytes < max(settings.min_bytes, 1):  # in models of many small calls most are such
         ledger.passed(call.name, _policy.SMALL if nbytes else _policy.EMPTY, nbytes)
         return _run_without(entry, call, func, args, kwargs) if entry.recomputes else func(*args, **kwargs)
-    # a parameter may well have a mask; a subclass among the arguments decides what is saved
-    foreign = next((t for t in tensors if type(t) not in (Tensor, nn.Parameter)), x.detach())
-    if reason := _policy.obstacle(foreign, entry.hooks):
+    if reason := _policy.obstacle(x.detach(), entry.hooks):  # a parameter may well have a mask
         ledger.passed(call.name, reason, 0)
         return func(*args, **kwargs)
     if change_codes(entry.around):

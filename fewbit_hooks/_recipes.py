@@ -40,7 +40,7 @@ from ._hooks import Kept
 from ._learning import Site
 from ._modules import ModuleRef
 from ._replay import Autocast, replay, untraced, when_backward_ends
-from ._storages import StorageWeakRef
+from ._storages import StorageWeakRef, is_allocated
 
 DEPTH = 8
 """Steps from a recipe to what is kept. LoRA's chain of norm, cast and dropout has three."""
@@ -125,11 +125,6 @@ class Leaf:
             return ""
         changed.add(module)
         return f"From the next step on this {type(module).__name__} is not run again; for this one: "
-
-
-def is_allocated(t: Tensor) -> bool:
-    """Whether its memory is there: FSDP frees a unit's parameters when its forward is over."""
-    return t.numel() == 0 or t.untyped_storage().nbytes() > 0
 
 
 class Recipe:
@@ -238,7 +233,7 @@ class Source:
             kept: Any = self._own()
         else:
             kept, module = _known.anchor(self._storage.cdata)
-        if self._own is not None and (kept is None or not is_allocated(kept)):
+        if self._own is not None and not self._is_there(kept):
             return None  # it will be there again for its own module's backward, later than it is needed here
         if kept is not None and kept.dtype == self._geometry.dtype and kept._version == self._version:
             return Leaf(self._geometry.of(kept.detach()), self._version, module)
@@ -246,6 +241,13 @@ class Source:
             return None
         recipe = self.origin.recipe(depth)
         return Computed(recipe, self._geometry) if recipe is not None else None
+
+    def _is_there(self, parameter: Tensor | None) -> bool:
+        """Whether a parameter lies where it did: its `.data` may have been set to a placeholder, which no version
+        tells."""
+        if parameter is None or not is_allocated(parameter):
+            return False
+        return bool(parameter.untyped_storage()._cdata == self._storage.cdata)
 
 
 class Origin:

@@ -77,7 +77,8 @@ class Trainable:
 
     def _flags(self) -> tuple[bool | None, ...]:
         """None for one that is gone."""
-        return tuple([p.requires_grad if (p := ref()) is not None else None for ref in self.parameters])
+        with torch._C.DisableTorchFunctionSubclass():  # what a parameter's own class makes of it is not asked
+            return tuple([p.requires_grad if (p := ref()) is not None else None for ref in self.parameters])
 
 
 class _Place:

@@ -11,6 +11,7 @@ from torch.multiprocessing import reductions
 
 _expired: Callable[[int], bool] = cast(Any, torch.UntypedStorage)._expired
 _let_go: Callable[[int], None] = cast(Any, torch.UntypedStorage)._free_weak_ref
+_revived: Callable[[int], torch.UntypedStorage | None] = cast(Any, torch.UntypedStorage)._new_with_weak_ptr
 
 
 class StorageWeakRef(reductions.StorageWeakRef):
@@ -33,6 +34,16 @@ class StorageWeakRef(reductions.StorageWeakRef):
     def expired(self) -> bool:
         """Whether the storage is freed."""
         return _expired(self.cdata)
+
+    def is_empty(self) -> bool:
+        """The same, or its memory is: `storage.resize_(0)`."""
+        storage = _revived(self.cdata)
+        return storage is None or not storage.nbytes()
+
+
+def is_allocated(t: Tensor) -> bool:
+    """Whether its memory is there: FSDP frees a unit's parameters when its forward is over."""
+    return t.numel() == 0 or t.untyped_storage().nbytes() > 0
 
 
 def owners(t: Tensor) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -27,6 +29,13 @@ NO_BYTES = frozenset({_policy.CHECKPOINT, _policy.HOOKS, _policy.TRANSFORM, _pol
 """Reasons that say that others, and not this call's node, decide what is kept."""
 
 SOURCE = "its output is computed again from it"
+
+_ASKED = contextlib.nullcontext()
+
+
+def _unasked(t: Tensor) -> AbstractContextManager[object]:
+    """What is asked of a tensor goes by no `__torch_function__` of its class, which may refuse it."""
+    return _ASKED if type(t) is Tensor else torch._C.DisableTorchFunctionSubclass()
 
 
 def run(entry: Entry, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -60,36 +69,37 @@ def admits(entry: Entry, name: str, x: Tensor, *, in_parts: bool = False) -> boo
         Keep: it is, and it is kept.
     """
     settings, ledger = entry.scope._settings, entry.scope._ledger
-    nbytes = x.numel() * x.element_size()  # nbytes raises if it is sparse
     plain = type(x) is Tensor
-    if plain and nbytes < settings.min_bytes:  # in models of many small calls most are such
-        if x.requires_grad:
+    with _unasked(x):
+        nbytes = x.numel() * x.element_size()  # nbytes raises if it is sparse
+        if plain and nbytes < settings.min_bytes:  # in models of many small calls most are such
+            if x.requires_grad:
+                ledger.passed(name, _policy.SMALL if nbytes else _policy.EMPTY, nbytes)
+            return False
+        reason = _policy.obstacle(x, entry.hooks, in_parts=in_parts)
+        if reason in NO_BYTES:
+            ledger.passed(name, reason, 0)
+            return False
+        if not x.requires_grad:
+            return False
+        if reason and _policy.traced():
+            ledger.passed(name, reason, 0)  # a fake tensor has no memory, and its size may be a symbol
+            return False
+        if reason:
+            raise Keep(reason)
+        if not plain:
+            nbytes = local_part(x).nbytes
+        if nbytes < settings.min_bytes or not nbytes:
             ledger.passed(name, _policy.SMALL if nbytes else _policy.EMPTY, nbytes)
-        return False
-    reason = _policy.obstacle(x, entry.hooks, in_parts=in_parts)
-    if reason in NO_BYTES:
-        ledger.passed(name, reason, 0)
-        return False
-    if not x.requires_grad:
-        return False
-    if reason and _policy.traced():
-        ledger.passed(name, reason, 0)  # a fake tensor has no memory, and its size may be a symbol
-        return False
-    if reason:
-        raise Keep(reason)
-    if not plain:
-        nbytes = local_part(x).nbytes
-    if nbytes < settings.min_bytes or not nbytes:
-        ledger.passed(name, _policy.SMALL if nbytes else _policy.EMPTY, nbytes)
-        return False
-    if settings.bits is None:
-        raise Keep(_policy.MEASURE)
-    if settings.exclude.rules and settings.exclude.here():
-        raise Keep(_policy.EXCLUDED)
-    if change_codes(entry.around):
-        ledger.passed(name, _policy.CHANGED, 0)
-        return False
-    return True
+            return False
+        if settings.bits is None:
+            raise Keep(_policy.MEASURE)
+        if settings.exclude.rules and settings.exclude.here():
+            raise Keep(_policy.EXCLUDED)
+        if change_codes(entry.around):
+            ledger.passed(name, _policy.CHANGED, 0)
+            return False
+        return True
 
 
 def leave(
@@ -97,9 +107,14 @@ def leave(
 ) -> Any:
     """Make the call as it is, and count what its node keeps."""
     saves = call.activation.saves if call.activation is not None else "several"
-    before = _graph.latest_node([x]) if saves == "several" else -1
+    with _unasked(x):
+        before = _graph.latest_node([x]) if saves == "several" else -1
     y = run_it()
-    if isinstance(y, Tensor) and y.requires_grad:
+    if not isinstance(y, Tensor):
+        return y
+    with _unasked(y):
+        if not y.requires_grad:
+            return y
         ledger = entry.scope._ledger
         row = ledger.row(call.name, None, reason, site=site)
         if saves != "several" or entry.around is not None:  # whose hooks would take a look for the backward
@@ -109,8 +124,7 @@ def leave(
                 if t.shape == x.shape:  # prelu's weight is the model's
                     ledger.original(row, local_part(t))
         ledger.ends_at(y)
-        saves_input = saves == "input"
-        if entry.recomputes and saves_input and _has_its_own(x, y):
+        if entry.recomputes and saves == "input" and _has_its_own(x, y):
             _recipes.anchor_by_node(x, y)
             _recompute.note_activation(run_it, x, y, (site, ledger.coming_step) if site is not None else None)
     return y

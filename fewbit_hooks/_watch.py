@@ -27,7 +27,7 @@ class Relying(Protocol):
         """Have it from this one, from now on."""
 
     def has_changed(self) -> bool:
-        """Whether what is relied on has been changed in place."""
+        """Whether what is relied on has been changed in place, or freed."""
 
     def lies_in(self, storage: int) -> bool:
         """Whether what is relied on lies in the storage of that address."""
@@ -55,6 +55,13 @@ def expose(storage: int) -> None:
         if storage in storages and (packed := ref()) is not None and packed.lies_in(storage):
             site.distrust_output()
             packed.rely_on_a_copy()
+
+
+def distrust(packed: Relying) -> None:
+    """What it relies on is not what it was: where its call was made no output is relied upon from now on."""
+    site, _ = _relying.get(weakref.ref(packed), (None, None))
+    if site is not None:
+        site.distrust_output()
 
 
 def _gone(ref: weakref.ref[Relying]) -> None:
@@ -157,7 +164,7 @@ class Watch:
             self.row.stored_bytes += alone
         input_kept = not any(map(StorageWeakRef.expired, self.saved))
         copy_kept = bool(self.copies) and not any(map(StorageWeakRef.expired, self.copies))
-        self.site.see(input_kept, not self.output.expired(), copy_kept, self.treated, step)
+        self.site.see(input_kept, not self.output.is_empty(), copy_kept, self.treated, step)
 
 
 def _counter_of(t: Tensor) -> Tensor:

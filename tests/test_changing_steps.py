@@ -266,3 +266,62 @@ def test_a_loss_that_is_kept_holds_nothing_of_its_graph_after_the_backward(
     assert all(ref.expired() for ref in outputs)
     with pytest.raises(RuntimeError, match="second time"):
         losses[-1].backward()
+
+
+class Scratch(torch.autograd.Function):
+    """The square of a tensor, on whose memory its backward works: nobody else had it saved."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.save_for_backward(y)
+        return y * y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        product: Tensor = y.mul_(2).mul_(grad)
+        return product
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_an_output_that_a_backward_works_on_raises_once(settings: dict[str, Any]) -> None:
+    block, scope = Block(lambda y, _: Scratch.apply(y)), opened(settings)
+    raised = []
+    for _ in range(2 * LEARNED + 2):
+        with scope:
+            loss = block(torch.randn(4, 8), False).square().sum()
+        try:
+            loss.backward()
+        except fewbit.FewbitError as error:
+            raised.append(str(error))
+    (said,) = raised
+    assert "modified by an inplace operation" in said
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_an_output_whose_memory_is_freed_raises_once(settings: dict[str, Any], inside: bool) -> None:
+    outputs: list[Tensor] = []
+
+    def then(y: Tensor, _: bool) -> Tensor:
+        outputs.append(y)
+        return y * 1.0  # which keeps nothing
+
+    def free() -> None:
+        outputs.pop().untyped_storage().resize_(0)
+
+    block, scope = Block(then), opened(settings)
+    raised = []
+    for _ in range(2 * LEARNED + 2):
+        with scope:
+            loss = block(torch.randn(4, 8), False).square().sum()
+            if inside:
+                free()
+        if not inside:
+            free()
+        try:
+            loss.backward()
+        except fewbit.FewbitError as error:
+            raised.append(str(error))
+    assert len(raised) == (not inside)  # what is freed before the scope is left is never found to be kept
+    assert all("freed: its storage was resized" in said for said in raised)

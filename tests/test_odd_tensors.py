@@ -221,3 +221,59 @@ def test_a_view_of_the_other_sign_is_computed_again_with_its_sign() -> None:
     stock = gradient()
     with fewbit.scope(exact=True, recompute=True, min_bytes=0), quiet():
         assert torch.equal(gradient(), stock)
+
+
+class Strict(Tensor):
+    """Refuses all that it does not know, as the weights of `call_for_per_sample_grads` do."""
+
+    KNOWN = frozenset(
+        {F.linear, F.gelu, F.relu, F.prelu, F.dropout, F.layer_norm, Tensor.square, Tensor.sum, Tensor.backward}
+    )
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in cls.KNOWN:
+            raise NotImplementedError(f"{cls.__name__} does not know {func}")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.filterwarnings("ignore:fewbit_hooks.scope compressed nothing")
+@pytest.mark.parametrize(
+    "settings", [{"exact": True}, {"bits": 3}, {"bits": None}, {"exact": True, "recompute": True}], ids=str
+)
+@pytest.mark.parametrize(
+    "call",
+    [
+        F.gelu,
+        F.relu,
+        lambda x: F.prelu(x, torch.ones(1)),
+        lambda x: F.dropout(x, 0.5),
+        lambda x: F.dropout(F.gelu(x.as_subclass(Tensor)), 0.5),
+    ],
+    ids=["gelu", "relu", "prelu", "dropout", "only a parameter"],
+)
+def test_a_class_that_refuses_what_it_does_not_know_is_not_asked(
+    call: Callable[[Tensor], Tensor], settings: dict[str, Any]
+) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 4)
+            self._parameters["other"] = torch.zeros(3).as_subclass(Strict)  # type: ignore[assignment]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(call(self.norm(self.first(x))))  # type: ignore[no-any-return]
+
+    model, x = Model(), torch.randn(5, 8).as_subclass(Strict)
+    found = []
+    for around in (contextlib.nullcontext(), fewbit.scope(min_bytes=0, **settings)):
+        for _ in range(3):
+            torch.manual_seed(0)
+            model.first.weight.grad = None
+            with around:
+                loss = model(x).square().sum()
+            loss.backward()
+        assert model.first.weight.grad is not None
+        found.append(model.first.weight.grad)
+    if settings.get("exact"):
+        assert torch.equal(*found)

@@ -1470,3 +1470,29 @@ def test_a_buffer_that_is_set_or_changed_after_the_forward_is_not_used_in_its_pl
     model[1].gain = gain
     with pytest.raises(fewbit.FewbitError, match="the buffer 'gain' of a Gained, whose forward is run again"):
         run(lambda norm: norm.gain.mul_(2))
+
+
+@pytest.mark.parametrize("placeholder", [torch.zeros(64), torch.empty(0)], ids=["as large", "empty"])
+def test_a_parameter_whose_data_is_a_placeholder_by_then_is_no_source(placeholder: Tensor, x: Tensor) -> None:
+    # weights that are loaded for a module's forward and backward alone
+    model = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64))
+    norm, weights = model[1], {p: torch.rand(64) for p in model[1].parameters()}
+
+    def load(*_: Any) -> None:
+        for p, data in weights.items():
+            p.data = data
+
+    def unload(*_: Any) -> None:
+        for p in weights:
+            p.data = placeholder
+
+    norm.register_forward_pre_hook(load)
+    norm.register_forward_hook(unload)
+    norm.register_full_backward_pre_hook(load)
+    found = []
+    for scope in (None, exact()):
+        torch.manual_seed(1)
+        with scope or contextlib.nullcontext():
+            loss = model(x).square().sum()
+        found.append(torch.autograd.grad(loss, [model[0].weight, model[2].weight]))
+    assert all(map(torch.equal, *found))
