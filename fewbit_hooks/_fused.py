@@ -74,6 +74,10 @@ class _Parameters:
         self.formula = formula
         self._on: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
+    def can_be_on(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether they are there, or may be put there: not while a CUDA graph is captured."""
+        return (dtype, device) in self._on or not ops.capturing(device)
+
     def on(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """In the dtype of the computation."""
         if (dtype, device) not in self._on:
@@ -102,9 +106,11 @@ def kernels_for(plan: Plan, x: Tensor) -> ModuleType | None:
         return None
     if plan not in _parameters:
         _parameters[plan] = _Parameters(formula_of(plan.activation.name, plan.parameters))
-    if _parameters[plan].formula is None or plan.thresholds.count != (1 << plan.bits) - 1:
+    found = _parameters[plan]
+    if found.formula is None or plan.thresholds.count != (1 << plan.bits) - 1 or ops.results_may_change():
         return None
-    return ops.fused_backend(x.device).kernels
+    kernels = ops.fused_backend(x.device).kernels
+    return kernels if kernels is not None and found.can_be_on(ops.computed_in(x.dtype), x.device) else None
 
 
 def formula_on(plan: Plan, x: Tensor) -> tuple[str, Tensor]:

@@ -232,6 +232,8 @@ def _run(entry: _stack.Entry, unit: Unit, forward: Any, module: nn.Module, x: An
         not isinstance(x, Tensor)
         or _policy.obstacle(x, entry.hooks)
         or (exclude.rules and exclude.here())
+        or _stack.others_see()
+        or ops.results_may_change()
         or ops.gated_backend(x.device).kernels is None
     ):
         return forward(module, x)
@@ -307,7 +309,7 @@ def _seen_in(act: Any) -> Seen | None:
 def _look_into(act: nn.Module) -> Seen | None:
     number, watching = torch.zeros(1, device="cpu"), _Watching()
     try:
-        with _stack.hidden(), torch.no_grad(), watching:
+        with _stack.hidden(), ops.unseen(), torch._C._EnableTorchFunction(), torch.no_grad(), watching:
             y = act(number)
     except Exception:  # the original raises it, with a better message
         return None

@@ -105,7 +105,7 @@ class Packed:
 class Beside:
     """An output that somebody else keeps, and at most one bit an element, in the place of a saved tensor."""
 
-    __slots__ = ("__weakref__", "decoder", "layout", "name", "order", "output", "packed", "step", "version")
+    __slots__ = ("__weakref__", "decoder", "layout", "name", "order", "output", "packed", "step", "stream", "version")
 
     def __init__(
         self, packed: Tensor | None, decoder: Decoder, layout: ops.Layout, order: ops.Layout, name: str, step: Step
@@ -118,9 +118,11 @@ class Beside:
         self.step = step
         self.output: Tensor | None = None
         self.version = 0
+        self.stream: Any = None
 
     def rely_on(self, y: Tensor) -> None:
         """The call has its output; or that has been copied, and `y` is what it is in the copy."""
+        self.stream = ops.stream_of(local_part(y))
         if type(y) is Tensor:
             self.output, self.version = y.detach(), y._version
         else:
@@ -148,8 +150,12 @@ class Beside:
         Where it has been changed already, that stays to be said.
         """
         if type(self.output) is Tensor and not self.has_changed():
-            self.output = self.output.clone()
-            self.version = self.output._version
+            copy = self.output.clone()
+            self.output, self.version = copy, copy._version
+            now = ops.stream_of(copy)
+            if now != self.stream:  # backward will read it on the stream of the forward
+                self.stream.wait_stream(now)
+                copy.record_stream(self.stream)
 
     def unpack(self) -> Tensor:
         """What follows from the output and the bits: the stand-ins."""

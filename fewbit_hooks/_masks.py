@@ -149,7 +149,7 @@ class WaitingMask:
         self._row = row
         self._step = step
         self._looks = 0
-        self._stream = torch.cuda.current_stream(mask.device) if mask.is_cuda else None
+        self._stream = ops.stream_of(mask)
 
     def unpack(self) -> Tensor:
         """The mask, packed or not."""
@@ -178,7 +178,7 @@ class WaitingMask:
     def _may_work_on(self, mask: Tensor) -> bool:
         if not mask.is_cuda:
             return True
-        same: bool = torch.cuda.current_stream(mask.device) == self._stream
+        same: bool = ops.stream_of(mask) == self._stream
         return same and not ops.capturing(mask.device)
 
 

@@ -239,6 +239,8 @@ _plans: dict[Any, Plan] = {}
 _own_parameters: dict[str, set[Any]] = {}
 MAX_PLANS = 256
 """Parameter combinations whose plans are kept at once: in 16 bits each has a table of 64 KiB, and more."""
+_captured: set[Plan] = set()
+"""Those whose tables a CUDA graph reads each time that it is replayed: they are kept for good."""
 SLOPED = frozenset({"celu", "elu", "leaky_relu"})
 """In place they save their output, from which the sign of the input is told only if no slope is negative."""
 
@@ -292,6 +294,8 @@ def make_plan(
             raise Keep(str(error)) from None
         if not ready:
             raise Keep(CAPTURING)
+        if ops.is_captured(x):
+            _captured.add(plan)
     return plan
 
 

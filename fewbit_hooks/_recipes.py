@@ -34,6 +34,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from . import ops
 from ._errors import FewbitError, FewbitRuntimeError
 from ._graph import latest_node, nodes
 from ._hooks import Kept
@@ -167,7 +168,7 @@ class Recipe:
         """What the forward computed, bit for bit."""
         with self._lock:
             result = self._result
-            if result is None or self._stream != _stream_of(result):
+            if result is None or self._stream != ops.stream_of(result):
                 parts = [part.value() for part in self._parts]
                 with replay(self._autocast):
                     result = untraced(self._run)(*parts)
@@ -185,7 +186,7 @@ class Recipe:
         if self._result is None:
             if not when_backward_ends(self._forget):
                 return
-            self._result, self._stream = result, _stream_of(result)
+            self._result, self._stream = result, ops.stream_of(result)
         self._left -= 1
         if self._left <= 0:
             self._forget()
@@ -193,11 +194,6 @@ class Recipe:
     def _forget(self) -> None:
         with self._lock:
             self._result, self._left = None, self._users
-
-
-def _stream_of(t: Tensor) -> Any:
-    """What work on `t` is ordered by now."""
-    return torch.cuda.current_stream(t.device) if t.is_cuda else None
 
 
 class Computed:

@@ -6,6 +6,7 @@ import copy
 import gc
 import importlib
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fewbit_hooks as fewbit
-from fewbit_hooks import _plan, ops
+from fewbit_hooks import _fused, _plan, _policy, ops
+from fewbit_hooks._calls import RECOGNISED
 from fewbit_hooks.ops import _dispatch, _torch
 
 from .hard_cases import DTYPES
@@ -385,3 +388,33 @@ def test_hooks_entered_around_the_scope_are_handed_the_codes() -> None:
         y = fused(F.gelu, leaf)
     y.sum().backward()
     assert seen == [torch.uint8]
+
+
+class Halving(TorchDispatchMode):
+    """Halves what gelu returns."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = func(*args, **(kwargs or {}))
+        return y / 2 if func is torch.ops.aten.gelu.default else y
+
+
+def test_what_a_dispatch_mode_makes_of_an_activation_is_its_forward() -> None:
+    x = numbers(torch.float32).requires_grad_()
+    with Halving():
+        y = fused(F.gelu, x)
+        assert torch.equal(y, F.gelu(x))
+    y.sum().backward()
+    assert x.grad is not None
+
+
+def test_parameters_are_not_copied_to_a_device_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = numbers(torch.float32, 64)
+    plan = _policy.make_plan(_policy.Settings(), RECOGNISED[F.gelu], F.gelu, (x,), {}, x)
+    monkeypatch.setattr(_fused, "_parameters", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(ops, "capturing", lambda device: True)
+    assert _fused.kernels_for(plan, x) is None
+    monkeypatch.undo()
+    monkeypatch.setattr(_dispatch, "DEVICE_TYPES", frozenset({"cuda", "cpu"}))
+    assert _fused.forward_of(plan, x) is not None  # and they are there
+    monkeypatch.setattr(ops, "capturing", lambda device: True)
+    assert _fused.kernels_for(plan, x) is not None

@@ -7,7 +7,7 @@ import gc
 import importlib
 import inspect
 import pickle
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fewbit_hooks as fewbit
@@ -701,3 +703,28 @@ def test_where_its_kernels_do_not_work_the_two_calls_are_made_and_a_warning_says
         y = mlp()(inputs())
     assert not is_gated(y)
     assert "_CodedBackward" in nodes(y)
+
+
+class ReluInstead(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return F.relu(args[0]) if func is F.silu else func(*args, **(kwargs or {}))
+
+
+class Halving(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = func(*args, **(kwargs or {}))
+        return y / 2 if func is torch.ops.aten.silu.default else y
+
+
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("mode", [ReluInstead, Halving])
+def test_what_a_mode_makes_of_the_activation_is_in_the_product(mode: Any, around: bool) -> None:
+    net, x = mlp(), inputs()
+    with mode():
+        expected = net(x)
+    with ExitStack() as both:
+        for context in (mode(), scope()) if around else (scope(), mode()):
+            both.enter_context(context)
+        y = net(x)
+    torch.testing.assert_close(y, expected)
+    assert not is_gated(y)

@@ -391,3 +391,10 @@ def test_what_is_coded_while_the_kernels_are_looked_at_is_coded_in_plain_torch(m
     assert not look.is_alive()
     assert said in ([], ["it is just being looked at"])  # where numba is not installed nothing is checked
     assert ops.backend(torch.device("cpu")).said in ("numba", "numba is not installed")
+
+
+def test_sixteen_bits_are_compared_in_float32_on_every_device() -> None:
+    # CUDA would round the number to 16 bits
+    compared = []
+    ops.compare(lambda v: compared.append(v.dtype) or v > 0.1, torch.zeros(3, dtype=torch.bfloat16, device="meta"))
+    assert compared == [torch.float32]

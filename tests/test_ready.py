@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fewbit_hooks as fewbit
-from fewbit_hooks import _masks, _policy, ops
+from fewbit_hooks import _hooks, _masks, _policy, ops
 from fewbit_hooks._calls import RECOGNISED
 from fewbit_hooks._plan import Plan
 
@@ -108,3 +110,53 @@ def test_what_is_not_ready_on_its_device_stays_exact(plan: Plan, monkeypatch: py
     x = torch.zeros(8, device="meta")  # no device that can be looked at without waiting for it
     with pytest.raises(_policy.Keep, match="CUDA graph"):
         _policy.make_plan(_policy.Settings(), RECOGNISED[F.gelu], F.gelu, (x,), {}, x)
+
+
+def test_what_a_captured_graph_reads_outlives_the_plans_that_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_policy, "MAX_PLANS", 8)
+    monkeypatch.setattr(_policy, "_plans", {})
+    monkeypatch.setattr(_policy, "_captured", set())
+    monkeypatch.setattr(ops, "must_be_ready", lambda x: True)
+
+    def plan_of(slope: float) -> weakref.ref[Plan]:
+        x = torch.zeros(8)
+        return weakref.ref(
+            _policy.make_plan(_policy.Settings(), RECOGNISED[F.leaky_relu], F.leaky_relu, (x, slope), {}, x)
+        )
+
+    before = plan_of(0.25)
+    monkeypatch.setattr(ops, "is_captured", lambda x: True)
+    captured = plan_of(0.5)
+    monkeypatch.setattr(ops, "is_captured", lambda x: False)
+    later = [plan_of(2.0 + i) for i in range(20)]
+    gc.collect()
+    assert before() is None
+    assert later[0]() is None
+    assert captured() is not None
+
+
+class Stream:
+    """Stands for one of CUDA's."""
+
+    def __init__(self) -> None:
+        self.waited_for: list[Stream] = []
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waited_for.append(other)
+
+
+def test_a_copy_of_an_output_that_another_stream_makes_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    main, side = Stream(), Stream()
+    now, recorded = [main], []
+    monkeypatch.setattr(ops, "stream_of", lambda t: now[0])
+    monkeypatch.setattr(Tensor, "record_stream", lambda t, stream: recorded.append((t, stream)))
+    for i, expected in enumerate([[], [side]]):
+        now[0] = main
+        beside = _hooks.Beside(None, lambda *_: torch.empty(0), *[ops.Layout.of(torch.zeros(3))] * 2, "relu6", None)
+        beside.rely_on(torch.arange(3.0))
+        now[0] = (main, side)[i]
+        beside.rely_on_a_copy()
+        assert beside.output is not None
+        assert beside.output.tolist() == [0.0, 1.0, 2.0]
+        assert main.waited_for == expected
+        assert [stream for _, stream in recorded] == [main] * i

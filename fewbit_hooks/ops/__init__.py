@@ -7,10 +7,12 @@ from ._coders import Thresholds as Thresholds
 from ._coders import compare as compare
 from ._devices import OUT_OF_MEMORY as OUT_OF_MEMORY
 from ._devices import capturing as capturing
+from ._devices import is_captured as is_captured
 from ._devices import must_be_ready as must_be_ready
 from ._devices import put as put
 from ._devices import results_may_change as results_may_change
 from ._devices import seen_by_modes as seen_by_modes
+from ._devices import stream_of as stream_of
 from ._devices import unnoticed as unnoticed
 from ._devices import unseen as unseen
 from ._devices import waiting as waiting

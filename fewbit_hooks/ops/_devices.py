@@ -102,6 +102,16 @@ def put(table: Tensor, device: torch.device) -> Tensor:
         return table.to(device)
 
 
+def stream_of(t: Tensor) -> Any:
+    """What work on `t` is ordered by now."""
+    return torch.cuda.current_stream(t.device) if t.is_cuda else None
+
+
+def is_captured(t: Tensor) -> bool:
+    """Whether what is done with `t` becomes a part of a CUDA graph; at less cost than to ask `capturing`."""
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured, so that the host cannot wait for the device."""
     if device.type != "cuda":
