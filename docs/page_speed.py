@@ -8,7 +8,8 @@ from csv_rows import rows_of
 
 DOCS = Path(__file__).parent
 CSV = DOCS.parent / "benchmarks" / "results" / "step-cpu.csv"
-BATCHES = DOCS.parent / "benchmarks" / "results" / "batch-cpu.csv"
+COMPILED = CSV.with_name("compiled-cpu.csv")
+BATCHES = CSV.with_name("batch-cpu.csv")
 PICTURE = DOCS / "images" / "memory-against-time.png"
 
 HEAD = """\
@@ -18,7 +19,7 @@ This page is written by `docs/make.py` from [step-cpu.csv](../benchmarks/results
 
 ```sh
 pip install -c constraints.txt -e ".[bench]"
-python benchmarks/bench_step.py --csv benchmarks/results/step-cpu.csv
+python benchmarks/bench_step.py --eager --csv benchmarks/results/step-cpu.csv
 ```
 
 made: {machine}; {versions}; {date}. Not yet measured on a GPU.
@@ -28,10 +29,28 @@ with the stock step of its own round. *Time* is the median of these ratios, with
 what 1.00 looks like on that machine; *held* is what lives between forward and backward beside parameters, buffers and
 batch, as a share of stock's; *gradients* is the relative distance from stock's. *Checkpoint per block* is
 `torch.utils.checkpoint` around every block, *selective checkpoint* the same with matrix products and attention kept.
-*Compiled* is torch.compile with Inductor, also with its `activation_memory_budget` at a half; what is held is then what
-the compiled graph keeps.
+Compiled models are [further down](#compiled).
 
 ![Time of a step against memory held, by model](images/memory-against-time.png)
+"""
+
+TABLE = "| | ms | time | held, MiB | held | gradients |\n| --- " + "| ---: " * 5 + "|"
+
+WITH_A_COMPILER = """\
+## Compiled
+
+Torch.compile with Inductor, from [compiled-cpu.csv](../benchmarks/results/compiled-cpu.csv), which
+
+```sh
+python benchmarks/bench_step.py --rows compiled --csv benchmarks/results/compiled-cpu.csv
+```
+
+made: {machine}; {versions}; {date}.
+The ratios are to stock, uncompiled, in the same run, on a machine whose noise *stock again* tells. *Held* is what the
+compiled graph keeps; *budget 0.5* is `torch._functorch.config.activation_memory_budget` at a half, which computes again
+what it does not keep. Torch 2.13 then draws dropouts anew in backward
+([pytorch #190758](https://github.com/pytorch/pytorch/issues/190758)), with a scope and without: where *gradients* says
+0.6 or more, it is this.
 """
 
 LESSONS = """\
@@ -45,10 +64,13 @@ LESSONS = """\
   where the rest does not suffice; what it keeps is not a scope's to shrink.
 - **Few bits** cost least where the output is kept anyway (one bit), and are what helps under frozen layers without
   adapters. Where something behind the activation can be computed again, keeping the input is smaller, and exact.
-- **Compiled**, three bits cost nothing that can be told from the noise, beside the compiled model without a scope (at
-  most 2 % of a step, ViT's; of the launch-bound one's 5 %), and the graph keeps a fifth less (ViT, GPT-2, RoBERTa).
-  Nothing is learned there, so that the gradients have the error of 3 bits where an eager scope has that of one bit
-  beside the output. Llama's compiled graph keeps the SwiGLU's inputs for the product anyway.
+- **Compiled**, three bits cost what can hardly be told from the noise, beside the compiled model without a scope, and
+  the graph keeps a fifth less (ViT, GPT-2, RoBERTa). Nothing is learned there, so that the gradients have the error
+  of 3 bits where an eager scope has that of one bit beside the output. Llama's compiled graph keeps the SwiGLU's
+  inputs for the product anyway: there `bits={{"silu": None, "default": 3}}`, or `exact=True`, leaves the gradients
+  exact and has the masks of LoRA's dropouts at one bit all the same, 8 % of what is kept.
+- **A memory budget** for the compiler holds far less than a scope, for up to a quarter more time; beside it few bits
+  free as large a share as without (but the launch-bound model holds more with both).
 - **Where nothing helps** (ResNet) a learned scope costs 1 to 3 % of the time.
 - **Cheap models pay most**: a coded call costs some tenths of a millisecond of Python, forward and backward.
   MobileNetV2, which makes 35 of them in a step of 0.12 s at 160 x 160 pixels, takes 10 % longer on the CPU; at its own
@@ -90,8 +112,9 @@ MARKERS = {
     "checkpoint per block": ("#7570b3", "^"),
     "selective checkpoint": ("#8da0cb", "v"),
     "compiled": ("#666666", "P"),
-    "compiled, budget 0.5": ("#a6761d", "X"),
     "compiled, scope(bits=3)": ("#e7298a", "P"),
+    "compiled, budget 0.5": ("#666666", "<"),
+    "compiled, budget 0.5, scope(bits=3)": ("#e7298a", "<"),
 }
 
 
@@ -103,15 +126,18 @@ def read(path: Path) -> dict[str, list[dict[str, str]]]:
     return models
 
 
-def speed_page(path: Path = CSV, batches: Path = BATCHES) -> str:
+def speed_page(path: Path = CSV, compiled: Path = COMPILED, batches: Path = BATCHES) -> str:
     """The text of speed.md."""
     models = read(path)
     first = next(iter(models.values()))[0]
     lines = [HEAD.format(**{key: first[key] for key in ("machine", "versions", "date")})]
     for model, rows in models.items():
-        lines += [f"## {model}", "", "| | ms | time | held, MiB | held | gradients |", "| --- " + "| ---: " * 5 + "|"]
-        lines += [_line(row) for row in rows]
-        lines.append("")
+        lines += [f"## {model}", "", TABLE, *map(_line, rows), ""]
+    models = read(compiled)
+    first = next(iter(models.values()))[0]
+    lines.append(WITH_A_COMPILER.format(**{key: first[key] for key in ("machine", "versions", "date")}))
+    for model, rows in models.items():
+        lines += [f"### {model}", "", TABLE, *map(_line, rows), ""]
     return "\n".join(lines).rstrip("\n") + "\n" + LESSONS.format(batches=_largest_batches(batches))
 
 
@@ -145,11 +171,13 @@ def _line(row: dict[str, str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def draw(path: Path = CSV, picture: Path = PICTURE) -> None:
+def draw(path: Path = CSV, compiled: Path = COMPILED, picture: Path = PICTURE) -> None:
     """The picture: one panel a model, one point a way."""
     from matplotlib.figure import Figure
 
-    models = read(path)
+    models, others = read(path), read(compiled)
+    for model, rows in models.items():
+        rows += [row for row in others.get(model, []) if row["row"].startswith("compiled")]
     columns = 3
     lines = -(-len(models) // columns)
     figure = Figure(figsize=(4 * columns, 3.2 * lines + 0.6), layout="constrained")
