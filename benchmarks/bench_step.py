@@ -168,31 +168,19 @@ def compiled(model: nn.Module, scope: fewbit.scope | None = None, *, budget: flo
         # as it is by default; Dynamo takes graphs of copies from each other where their options are the same
         options["triton.unique_kernel_names"] = torch._inductor.config.triton.unique_kernel_names
     made = torch.compile(copy.deepcopy(model), options=options)
-    return made, budgeted(budget, scope)
+    return made, within(lambda: torch._functorch.config.patch(activation_memory_budget=budget), scope)
 
 
-class offloaded(contextlib.ExitStack):
-    """A scope inside `save_on_cpu`, which is handed the codes."""
+class within(contextlib.ExitStack):
+    """A scope inside another context, which is made anew each time that this is entered."""
 
-    def __init__(self, scope: fewbit.scope) -> None:
+    def __init__(self, around: Callable[[], AbstractContextManager[Any]], scope: fewbit.scope | None) -> None:
         super().__init__()
-        self._scope = scope
-
-    def __enter__(self) -> Any:
-        self.enter_context(torch.autograd.graph.save_on_cpu(pin_memory=True))
-        return self.enter_context(self._scope)
-
-
-class budgeted(contextlib.ExitStack):
-    """A scope, and a budget for the graphs that are compiled inside it."""
-
-    def __init__(self, budget: float, scope: fewbit.scope | None) -> None:
-        super().__init__()
-        self._budget = budget
+        self._around = around
         self._scope = scope or contextlib.nullcontext()
 
     def __enter__(self) -> Any:
-        self.enter_context(torch._functorch.config.patch(activation_memory_budget=self._budget))
+        self.enter_context(self._around())
         return self.enter_context(self._scope)
 
 
@@ -213,9 +201,10 @@ ROWS: dict[str, Way] = {
 }
 """The first is what the others are compared with."""
 
+OFFLOADED = functools.partial(torch.autograd.graph.save_on_cpu, pin_memory=True)
 ROWS_ON_A_GPU: dict[str, Way] = {
-    "save_on_cpu": lambda model: (model, torch.autograd.graph.save_on_cpu(pin_memory=True)),
-    "save_on_cpu, scope(bits=3)": lambda model: (model, offloaded(fewbit.scope(bits=3))),
+    "save_on_cpu": lambda model: (model, OFFLOADED()),
+    "save_on_cpu, scope(bits=3)": lambda model: (model, within(OFFLOADED, fewbit.scope(bits=3))),
 }
 """What makes a difference only there."""
 

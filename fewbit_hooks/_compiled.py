@@ -102,10 +102,10 @@ def coding(settings: Settings) -> Coding | None:
     """None where nothing is coded in compiled graphs: what goes by modules or tensors is not known there."""
     if settings.bits is None or settings.exclude.rules or callable(settings.bits):
         return None
-    bits = settings.bits if isinstance(settings.bits, Mapping) else {"default": settings.bits}
-    masks = bits.get("dropout", bits.get("default", 1)) is not None
+    masks = settings.bits_for("dropout", None, exact=True) is not None
     if settings.exact or settings.codebooks:
         return _coding(None, (), masks, settings.min_bytes)
+    bits = settings.bits if isinstance(settings.bits, Mapping) else {"default": settings.bits}
     named = tuple(sorted((name, of_it) for name, of_it in bits.items() if name != "default"))
     return _coding(bits.get("default"), named, masks, settings.min_bytes)
 

@@ -176,8 +176,6 @@ class WaitingMask:
         return self._looks < LOOKS
 
     def _may_work_on(self, mask: Tensor) -> bool:
-        if not mask.is_cuda:
-            return True
         same: bool = ops.stream_of(mask) == self._stream
         return same and not ops.capturing(mask.device)
 

@@ -76,14 +76,19 @@ class Settings:
         books = tuple(self.codebooks.values())
         return bits, self.min_bytes, rules, self.exact, self.recompute, books, self.engine
 
-    def bits_for(self, name: str, x: Tensor, exact: bool) -> int | None:
-        """The bits given for an activation; None keeps it. The two-valued ones take 1 where they are not turned off."""
+    def bits_for(self, name: str, x: Tensor | None, exact: bool) -> int | None:
+        """The bits given for an activation; None keeps it. The two-valued ones take 1 where they are not turned off.
+
+        Args:
+            x: its input, of which a callable is asked; None where there is no callable.
+        """
         bits = self.bits
         if bits is not None and type(bits) is not int:  # check_settings made plain ints of all others
             if isinstance(bits, Mapping):
                 bits = bits.get(name, bits.get("default", 1 if exact else None))
             else:
                 assert callable(bits)
+                assert x is not None
                 bits = bits(name, x)
                 if bits is not None:
                     check_bits(bits, f"bits: the callable's answer for {name!r}")

@@ -25,7 +25,9 @@ if not torch.cuda.is_available():
 
 # What Inductor compiled it finds again by the code of a graph alone. In a process that could not try out the vectors
 # of its processor, as happens on a busy machine, that is code without, whose last places are others.
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", tempfile.mkdtemp(prefix="fewbit-hooks-"))
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # of the first process of a run; its workers find it there
+    _inductors_cache = tempfile.TemporaryDirectory(prefix="fewbit-hooks-", ignore_cleanup_errors=True)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductors_cache.name
 
 # Thousands of small calls: on a busy machine a second thread makes them three times slower. test_ops.py uses all.
 torch.set_num_threads(1)
