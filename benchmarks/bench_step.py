@@ -7,10 +7,9 @@ Models come from their configurations, with random weights, in training mode. A 
 scope is used again and again, as in a training loop, and has learned before anything is measured. The ways to run a
 step share one process and take turns, in a random order; each step is compared with the stock step of its own round.
 `time` is the median of these ratios, with the quartiles: `stock again` says what 1.00 looks like on this machine. `cpu`
-is the same for processor time, which other processes disturb less. `held` counts the storages that are alive between
-forward and backward, beside parameters, buffers and the batch; in a compiled graph, those that it keeps. On a GPU
-`peak` is what a step allocates at most, beside what was there before. Compiled rows draw their random numbers as eager
-ones do, so that gradients can be compared.
+is the same for processor time, which other processes disturb less. `held` is what the forward allocates and what is
+alive when the backward begins, asked of PyTorch's allocator. On a GPU `peak` is what a step allocates at most, beside
+what was there before. Compiled rows draw their random numbers as eager ones do, so that gradients can be compared.
 """
 
 from __future__ import annotations
@@ -32,20 +31,18 @@ from dataclasses import dataclass
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says when it starts and stops
 
 import torch
 import torch._dynamo
 import torch._functorch.config
 import transformers as hf
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import fewbit_hooks as fewbit
 from about import about
-from held import held_for_backward
 
 FIGURES = ("seconds", "time", "lower", "upper", "cpu", "held_bytes", "held", "gradients", "peak_bytes")
 COLUMNS = ("model", "dtype", "row", *FIGURES, "machine", "versions", "date")
@@ -246,13 +243,17 @@ class Runner:
             torch.cuda.synchronize()
 
     def held(self) -> int:
-        """Bytes alive between forward and backward that the forward made."""
-        known = [*self.model.parameters(), *self.model.buffers(), *self.batch.values()]
-        if isinstance(self.model, torch._dynamo.OptimizedModule):
-            return sum(held_for_backward(self.forward(), known).values())
-        with Made(self._device) as made:
+        """Bytes that the forward allocates and that live on after it, beside the loss: asked of the allocator, for what
+        a scope does may depend on modes that look on."""
+        if self._device.type == "cuda":
+            before = torch.cuda.memory_allocated()
             loss = self.forward()
-        held = made.bytes_alive(known) - loss.untyped_storage().nbytes()
+            held = torch.cuda.memory_allocated() - before
+        else:
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
+                loss = self.forward()
+            held = sum(event.self_cpu_memory_usage for event in seen.events() or ())
+        held -= loss.untyped_storage().nbytes()
         loss.backward()
         return held
 
@@ -262,30 +263,6 @@ class Runner:
         torch.manual_seed(0)
         self.forward().backward()
         return [p.grad.clone() for p in self.model.parameters() if p.grad is not None]
-
-
-class Made(TorchDispatchMode):
-    """Remembers, weakly, the storages of all results on a device; what is offloaded is not held there."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self._device = device
-        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for t in tree_leaves(result):
-            if isinstance(t, Tensor) and t.device == self._device:
-                storage = t.untyped_storage()
-                self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        return result
-
-    def bytes_alive(self, known: list[Tensor]) -> int:
-        """Of the storages that are none of the known tensors'."""
-        storages = {key: value for key, value in self._storages.items() if not value[0].expired()}
-        for t in known:
-            storages.pop(t.untyped_storage()._cdata, None)
-        return sum(nbytes for _, nbytes in storages.values())
 
 
 def does_something(row: str, runner: Runner, model: nn.Module) -> bool:

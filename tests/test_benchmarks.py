@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import bench_ops
@@ -54,6 +55,27 @@ def test_a_budget_has_a_graph_of_its_own() -> None:
             model(torch.ones(2, 4))
     assert counters["stats"]["unique_graphs"] == 2
     torch._dynamo.reset()
+
+
+class Perceptron(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 256), nn.GELU(), nn.Linear(256, 1))
+
+    def forward(self, x: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(loss=self.layers(x).mean())
+
+
+def test_what_is_held_is_what_is_held_where_nobody_measures() -> None:
+    model, batch = Perceptron(), {"x": torch.randn(128, 8)}
+    held = []
+    for row in ("stock", "scope(bits=3)"):
+        runner = bench_step.Runner(bench_step.ROWS[row], model, batch)
+        for _ in range(bench_step.LEARN):
+            runner.seconds()
+        held.append(runner.held())
+    stock, mine = held
+    assert stock - mine == 128 * 256 * (32 - 1) // 8  # the input, but one bit beside the output
 
 
 @pytest.mark.timeout(1200)  # four graphs are compiled, forward and backward
