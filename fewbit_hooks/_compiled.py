@@ -16,6 +16,9 @@ the graph saves the codes in the activation's place (or, where it keeps that any
    a `native_dropout` of `F.dropout`, whose mask is a bool, and so does `Dropped`. A backend that runs what Dynamo
    traced as it is has another dropout; only under those that are known to be AOTAutograd's is a mask packed. Other
    masks, an argument or part of an attention, are left to the compiler.
+5. Codes beside what is kept anyway would approximate for nothing. Only when the backward has been traced as far as the
+   activation is it known what that reads of it; so under AOTAutograd the activation and its codes are both in what
+   Dynamo traces, and `choose` takes one of them (`CodedOrNot`). Other backends have the codes (`Coded`).
 
 The operations are those of `_in_graph.py`.
 """
@@ -32,7 +35,7 @@ from torch.autograd import forward_ad
 
 from . import _policy
 from ._calls import Call
-from ._in_graph import Coded, Constants, Dropped
+from ._in_graph import Coded, CodedOrNot, Constants, Dropped, choose
 from ._mask_calls import MaskCall
 from ._policy import Settings
 
@@ -143,12 +146,16 @@ def run(
     constants = None
     if composite is not False and call.one_node is None:
         constants = _asked(coding, call, x, args[1:], rest)
-    if constants is not None:
+    if constants is not None and not _traces_backward():
         return Coded.apply(x, func, args[1:], rest, constants)  # type: ignore[no-untyped-call]
     if composite is None and call.one_node is None:
-        return func(*args, **kwargs)
-    with torch._C.DisableTorchFunction():  # a sigmoid in it is not the user's, to be coded by itself
-        return func(*args, **kwargs)
+        y = func(*args, **kwargs)
+    else:
+        with torch._C.DisableTorchFunction():  # a sigmoid in it is not the user's, to be coded by itself
+            y = func(*args, **kwargs)
+    if constants is None:
+        return y
+    return CodedOrNot.apply(x, y, call.activation.saves != "output", constants)  # type: ignore[no-untyped-call]
 
 
 def _asked(coding: Coding, call: Call, x: Any, more: tuple[Any, ...], rest: dict[str, Any]) -> Constants | None:
@@ -229,6 +236,14 @@ def _packs_masks(dtype: str) -> bool:
     return dtype in {str(d) for d in _policy.DTYPES} and not _is_left_alone() and _backend() in AOT
 
 
+def _traces_backward() -> bool:
+    """Runs in Python, when the graph is traced: whether AOTAutograd will trace the backward, and make the choice."""
+    if _backend() not in AOT:
+        return False
+    torch._dynamo.allow_in_graph(choose)
+    return True
+
+
 def _backend() -> str:
     """Runs in Python, when a graph is traced: the name of what will compile it; empty where that is not known."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -279,4 +294,5 @@ def _are_others_innermost() -> bool:
 # What torch.compiler.assume_constant_result does; itself it would import all of Dynamo.
 is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _constants._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_traces_backward._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _packs_masks._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -26,7 +26,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.function import once_differentiable
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+from torch.utils.checkpoint import CheckpointPolicy
 
 from .ops import Thresholds
 
@@ -60,6 +63,29 @@ class Coded(torch.autograd.Function):
         return multiply(grad, ctx.saved_tensors, bits, levels), None, None, None, None
 
 
+class CodedOrNot(torch.autograd.Function):
+    """Behind an activation: its gradient by codes, or by the activation itself where its output or input is kept.
+
+    Only AOTAutograd knows what is, once it traces the backward; see `choose`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, again: bool, constants: Constants) -> Tensor:
+        bits, boundaries, _, folded = constants
+        y = y.clone()  # a view could not be changed in place; a compiler makes no copy
+        ctx.save_for_backward(x, y, *pack_bits(encode(x, boundaries, folded), bits))
+        ctx.constants, ctx.again = constants, again
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        bits, _, levels, _ = ctx.constants
+        x, y, *packed = ctx.saved_tensors
+        of_x, of_y = choose(x, y, multiply(grad, packed, bits, levels), grad, ctx.again)
+        return of_x, of_y, None, None
+
+
 class Dropped(torch.autograd.Function):
     """A `native_dropout` that saves its mask packed."""
 
@@ -75,6 +101,69 @@ class Dropped(torch.autograd.Function):
         parts = zip(_eighths(grad), unpack_bits(ctx.saved_tensors, 1), strict=True)
         backward = torch.ops.aten.native_dropout_backward
         return _whole([backward(part, bit.to(torch.bool), ctx.scale) for part, bit in parts], grad), None
+
+
+def choose(x: Tensor, y: Tensor, coded: Tensor, grad: Tensor, again: bool) -> tuple[Tensor | None, Tensor | None]:
+    """The gradient that goes to an activation's input, from codes, or the one that goes to the activation, which makes
+    its own of it. Dynamo leaves the call in the graph; AOTAutograd makes it, while it traces the backward.
+
+    By then all that comes after the activation has been traced, forward and backward. Where the backward reads the
+    output, or the input, it is kept or can be computed again from what is: codes beside it would only add to that. What
+    is not used of the two ways is no part of the graph in the end.
+
+    Args:
+        again: the activation's derivative is of its input. So that is kept, and the output can be computed again, which
+            a compiler does not do by itself where a matrix product reads it. Else the output is kept, and not copied.
+    """
+    proxies = get_proxy_mode()
+    if proxies is None:
+        return coded, grad  # Dynamo asks what comes out
+    given, output = _node_of(x, proxies), _node_of(y, proxies)
+    if given is None or output is None or not (_is_read_in_backward(output) or _is_read_in_backward(given)):
+        return coded, None
+    for node in _between(given, output) if again else [output]:
+        node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
+    return None, grad
+
+
+def _node_of(t: Any, proxies: Any) -> torch.fx.Node | None:
+    """The node of the graph that is being traced which makes a tensor."""
+    while isinstance(t, FunctionalTensor):
+        t = torch._from_functional_tensor(t.elem)
+    slot: Any = get_proxy_slot(t, proxies.tracer, None)
+    return None if slot is None else slot.proxy.node
+
+
+def _is_read_in_backward(node: torch.fx.Node) -> bool:
+    """Whether a tensor, or a view of it, is read by what was traced of the backward, by more than a comparison, whose
+    result is kept in its place."""
+    for user in node.users:
+        if getattr(user.target, "is_view", False):
+            if _is_read_in_backward(user):
+                return True
+        elif user.meta.get("partitioner_tag") == "is_backward":
+            made = user.meta.get("val")
+            if not isinstance(made, Tensor) or made.dtype != torch.bool:
+                return True
+    return False
+
+
+def _between(start: torch.fx.Node, end: torch.fx.Node) -> list[torch.fx.Node]:
+    """The nodes that lead from one to the other, of which the last is one."""
+    starts = {start}
+    while getattr(start.target, "is_view", False):  # the activation may have been given the one that this is a view of
+        start = start.all_input_nodes[0]
+        starts.add(start)
+    leads = dict.fromkeys(starts, True)
+    stack = [end]
+    while stack:
+        node = stack[-1]
+        unknown = [before for before in node.all_input_nodes if before not in leads]
+        stack.extend(unknown)
+        if not unknown:
+            leads.setdefault(node, any(leads[before] for before in node.all_input_nodes))
+            stack.pop()
+    return [node for node, does in leads.items() if does and node not in starts]
 
 
 def encode(x: Tensor, boundaries: tuple[float, ...], folded: bool) -> Tensor:
