@@ -67,11 +67,14 @@ def error(found: list[Tensor], expected: list[Tensor]) -> float:
     return float(sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)) ** 0.5
 
 
-BACKENDS = ["inductor", "aot_eager"]
+ACTIVATIONS = [nn.GELU(), nn.SiLU(), nn.Mish(), nn.Tanh(), TanhGELU()]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("act", [nn.GELU(), nn.SiLU(), nn.Mish(), nn.Tanh(), TanhGELU()], ids=lambda act: str(act))
+@pytest.mark.parametrize(
+    ("act", "backend"),
+    [*[(act, "aot_eager") for act in ACTIVATIONS], (nn.GELU(), "inductor"), (TanhGELU(), "inductor")],
+    ids=str,
+)
 def test_before_a_trainable_layer_the_input_alone_is_kept_and_the_gradient_is_exact(
     act: nn.Module, backend: str
 ) -> None:
@@ -81,7 +84,6 @@ def test_before_a_trainable_layer_the_input_alone_is_kept_and_the_gradient_is_ex
     assert error(found, expected) < 1e-6
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "between",
     [
@@ -92,14 +94,13 @@ def test_before_a_trainable_layer_the_input_alone_is_kept_and_the_gradient_is_ex
     ],
     ids=["alone", "sum", "comparison", "another dtype"],
 )
-def test_before_a_frozen_layer_codes_are_kept(between: Callable[[Tensor], Tensor], backend: str) -> None:
-    _, expected = ran(Net(between, frozen=True), scoped=False, backend=backend)
-    _, found = ran(Net(between, frozen=True), scoped=True, backend=backend)
+def test_before_a_frozen_layer_codes_are_kept(between: Callable[[Tensor], Tensor]) -> None:
+    _, expected = ran(Net(between, frozen=True), scoped=False, backend="aot_eager")
+    _, found = ran(Net(between, frozen=True), scoped=True, backend="aot_eager")
     assert 1e-3 < error(found, expected) < 0.2
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize(("frozen", "backend"), [(False, "inductor"), (False, "aot_eager"), (True, "aot_eager")])
 def test_a_gated_product_is_exact_and_keeps_what_it_kept(frozen: bool, backend: str) -> None:
     def gated(x: Tensor) -> Tensor:
         gate, up = x.chunk(2, -1)
