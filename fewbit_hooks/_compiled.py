@@ -5,7 +5,7 @@ NOTE [ Codes in a compiled graph ]
 Saved-tensor hooks break a graph that Dynamo traces, and what a compiled graph saves is its partitioner's choice. So
 while a function is compiled, a recognised call becomes a `torch.autograd.Function` of plain torch operations, whose
 forward returns the activation and saves its packed codes: a compiler fuses the coding into the activation's kernel, and
-the graph saves the codes in the activation's place (or, where it keeps that anyway, computes them again).
+the graph saves the codes in the activation's place.
 
 1. All that depends on the codebook is a constant of the graph: asked for once, when the graph is traced.
 2. What the graph depends on beside that is guarded by Dynamo: the mode on the stack, the number of bits. A new scope

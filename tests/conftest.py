@@ -57,6 +57,15 @@ def nothing_is_left_open() -> Iterator[None]:
     assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
 
 
+@pytest.fixture
+def fresh_dynamo() -> Iterator[None]:
+    """Nothing was compiled before, or counted, and nothing that is compiled is left."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
 def forget_what_was_learned() -> None:
     """A scope that is made now learns from the beginning, and not on from others of its settings."""
     _sites._learned.clear()

@@ -45,16 +45,14 @@ def test_of_some_ops_and_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "no operation 'gelo'; there are gelu, gelu tanh" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_a_budget_has_a_graph_of_its_own() -> None:
-    torch._dynamo.reset()
-    counters.clear()
     for budget in (1.0, 0.5):
         model, around = bench_step.compiled(nn.Linear(4, 4), budget=budget)
         with around:
             model(torch.ones(2, 4))
     assert counters["stats"]["unique_graphs"] == 2
-    torch._dynamo.reset()
 
 
 class Perceptron(nn.Module):

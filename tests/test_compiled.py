@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,18 +21,10 @@ from .conftest import quiet
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # Dynamo's and inductor's own
-    pytest.mark.usefixtures("registered_for_one_test_only"),
+    pytest.mark.usefixtures("fresh_dynamo", "registered_for_one_test_only"),
 ]
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def scope(bits: Any = 3, **settings: Any) -> fewbit.scope:

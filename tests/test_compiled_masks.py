@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,19 +17,15 @@ import fewbit_hooks as fewbit
 
 from .conftest import quiet
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Dynamo's and inductor's own
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # Dynamo's and inductor's own
+    pytest.mark.usefixtures("fresh_dynamo"),
+]
 
 N = 8 * 9 - 3
 """Elements: not a multiple of eight."""
 P = 0.15
 """At which a dropout that Python runs on the CPU differs from that of a compiled graph, in last places."""
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def scope(bits: Any = 3, **settings: Any) -> fewbit.scope:

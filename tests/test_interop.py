@@ -463,13 +463,6 @@ def test_hugging_face_models_train(name: str, checkpointing: bool, how: str) -> 
 # torch.compile (H5)
 
 
-@pytest.fixture
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def compiled_gradients(net: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, scope: Any) -> list[Tensor]:
     net.zero_grad()
     with scope:
