@@ -30,7 +30,7 @@ def consume(
     ledger = entry.scope._ledger
     made = [(t, origin) for t in saved if (origin := _recipes.find(t)) is not None and not _recipes.is_anchor(t)]
     site = entry.scope._sites.find(call.name, ledger.coming_step) if made else None
-    if site is not None and site.verdict is Verdict.LEAVE:
+    if site is not None and site.verdict is Verdict.LEAVE and not site.is_due:
         made = []  # nor is anything asked for
     recipes = {t.untyped_storage()._cdata: (t, recipe) for t, origin in made if (recipe := origin.recipe()) is not None}
     if not recipes:

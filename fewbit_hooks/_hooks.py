@@ -17,6 +17,7 @@ that it holds, the input above all, when its call is over.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -193,6 +194,10 @@ class Kept:
         self.version = tensor._version
         self.name = name
 
+    def held_alone(self) -> bool:
+        """Whether nobody else holds its storage."""
+        return owners(self.tensor) == 1
+
     def unpack(self) -> Tensor:
         if self.tensor._version != self.version:
             raise FewbitRuntimeError(
@@ -211,6 +216,19 @@ def keep(tensor: Tensor, name: str, around: Hooks | None) -> Kept | Handed:
 def unpack(packed: Packed | Beside | Kept | Handed | Whole) -> Tensor:
     """The unpack hook."""
     return packed.unpack()
+
+
+def run_kept(name: str, run: Callable[[], Any]) -> tuple[Any, list[weakref.ref[Kept]]]:
+    """Make a call whose saved tensors are kept as they are, by us: so it is told who else holds them."""
+    kept: list[weakref.ref[Kept]] = []  # weak: the hook lives as long as the node
+
+    def pack(t: Tensor) -> Kept:
+        found = Kept(t, name)
+        kept.append(weakref.ref(found))
+        return found
+
+    with hooked(pack, unpack):
+        return run(), kept
 
 
 def nbytes(t: Tensor | None) -> int:
@@ -252,6 +270,7 @@ class PackHook:
     """
 
     __slots__ = (
+        "__weakref__",
         "_around",
         "_beside",
         "_bits",
@@ -341,7 +360,7 @@ class PackHook:
             self._ledger.ends_at(y)
         if self._site is not None and self._saved:
             treated = Verdict.OUTPUT if self._beside else Verdict.CODES
-            self._ledger.watch(Watch(self._site, self._saved, y, treated, self._beside, self._row))
+            self._ledger.watch(Watch(self._site, self._saved, y, treated, self._beside, self._row, node=self))
 
     def release(self) -> None:
         """The call is over; see the note above."""

@@ -14,7 +14,13 @@ came (one ReLU module may serve at three places).
    in place. *A copy of the output kept*: the same, from the copy (NOTE [ Beside a copy ]). *Neither*: codes.
 4. All this is known of a place in one *state*: the module's mode, and which of the model's parameters require a
    gradient (a frozen layer keeps no input). Steps that alternate between states, a GAN's say, each have sites of their
-   own. Every `LOOK_AGAIN` steps a site is unknown again.
+   own.
+5. Some changes nothing announces. Codes are watched in each step, and an output that is relied upon tells when nobody
+   else keeps it. What is left alone is looked at again every `LOOK_AGAIN` steps: it is kept as it is then, too, but by
+   us, so that we see who else holds it. To code it for a look would be to approximate it for that long: in
+   `BCELoss()(sigmoid(z))`, which divides by the derivative, the gradient of a wrong answer that was given with
+   confidence would be thousands of times too large in these steps.
+6. A call whose graph was dropped before the look says nothing: its result was thrown away.
 """
 
 from __future__ import annotations
@@ -38,6 +44,7 @@ class Verdict(enum.Enum):
     OUTPUT = "output"
     COPY = "copy"  # a copy of the output
     INPUT = "input"  # never learned: OUTPUT where those that keep the output can compute it again from the input
+    LOOK = "look"  # never learned: LEAVE, and it is time to look again
 
 
 FROM_OUTPUT = Verdict.OUTPUT, Verdict.COPY
@@ -103,17 +110,33 @@ class Site:
         self.forget()
 
     def visit(self, step: int) -> None:
-        """A call comes from here; what was seen long ago is forgotten."""
+        """A call comes from here; a single look of long ago is forgotten."""
         if step != self._now.step:
             self._before, self._now = self._now, Calls(step)
         self._now.made += 1
-        if self._agreed > 0 and step - self._step > LOOK_AGAIN:
+        if self.verdict is Verdict.UNKNOWN and self._is_old():
             self.forget()
 
     def take_back(self, step: int) -> None:
         """The step's forward failed: as if it had made no call here."""
         if self._now.step == step:
             self._now = self._before
+
+    def _is_old(self) -> bool:
+        """What was seen here was seen long ago."""
+        return self._agreed > 0 and self._now.step - self._step > LOOK_AGAIN
+
+    @property
+    def is_due(self) -> bool:
+        """It was left alone for so long that it is to be looked at again."""
+        return self.verdict is Verdict.LEAVE and self._is_old()
+
+    def looked_again(self, kept: bool, step: int) -> None:
+        """Whether somebody else keeps what was kept for a look."""
+        if kept:
+            self._step = step
+        else:
+            self.forget()
 
     def forget(self) -> None:
         """Unknown again."""
@@ -176,6 +199,10 @@ class Site:
             treated: as what the call was treated; see `Watch`.
         """
         if treated is Verdict.OUTPUT:
+            if self._is_old():
+                if input_kept:
+                    self.forget()
+                self._tried, self._step = -1, step  # what was tried in vain may serve by now
             return  # what the packed object holds tells nothing of what others do
         if treated is Verdict.INPUT:
             self.output_stays |= output_kept
@@ -187,6 +214,9 @@ class Site:
             self.learn(Verdict.OUTPUT if output_kept else Verdict.COPY, step)
 
     def treatment(self, recompute: bool) -> Verdict:
-        """The verdict; INPUT where those that keep the output, or something made of it, can compute it again."""
+        """The verdict. INPUT where those that keep the output, or something made of it, can compute it again; LOOK
+        where what is left alone is to be looked at again."""
+        if self.is_due:
+            return Verdict.LOOK
         can_go = self.verdict is Verdict.CODES or (self.verdict is Verdict.OUTPUT and not self.output_stays)
         return Verdict.INPUT if recompute and can_go and self.serves() else self.verdict

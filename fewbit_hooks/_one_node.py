@@ -160,7 +160,8 @@ class _Coded(torch.autograd.Function):
         ledger.stored(row, nbytes(codes) + nbytes(flag), never_kept=never_kept)
         if call.site is not None:
             treated = Verdict.CODES if inverse is None else Verdict.OUTPUT
-            ledger.watch(Watch(call.site, [storage] if storage is not None else [], y, treated, beside, row))
+            saved = [storage] if storage is not None else []
+            ledger.watch(Watch(call.site, saved, y, treated, beside, row, node=ctx))
         ctx.plan, ctx.layout, ctx.inverse, ctx.step, ctx.flag = plan, layout, inverse, ledger.step, flag
         return y
 

@@ -52,7 +52,9 @@ def run(entry: Entry, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict
         if call.one_node is not None and plan.captures(x):
             raise Keep(_policy.CAPTURED)
     except Keep as keep:
-        site, _ = _site(entry, call.name, recomputes=False)  # which knows the module, and the model around it
+        site, _ = _site(
+            entry, call.name, recomputes=False, can_look=True
+        )  # which knows the module, and the model around it
         return leave(entry, call, str(keep), x, run_it, site)
     if call.one_node is not None:
         return as_one_node(entry, plan, x, run_it, plan.function, plan.primitives(x))
@@ -103,13 +105,24 @@ def admits(entry: Entry, name: str, x: Tensor, *, in_parts: bool = False) -> boo
 
 
 def leave(
-    entry: Entry, call: Call, reason: str, x: Tensor, run_it: functools.partial[Any], site: Site | None = None
+    entry: Entry,
+    call: Call,
+    reason: str,
+    x: Tensor,
+    run_it: functools.partial[Any],
+    site: Site | None = None,
+    *,
+    look: bool = False,
 ) -> Any:
-    """Make the call as it is, and count what its node keeps."""
+    """Make the call as it is, and count what its node keeps.
+
+    Args:
+        look: it is to be seen whether somebody else keeps that.
+    """
     saves = call.activation.saves if call.activation is not None else "several"
     with _unasked(x):
         before = _graph.latest_node([x]) if saves == "several" else -1
-    y = run_it()
+    y, kept = _hooks.run_kept(call.name, run_it) if look else (run_it(), [])
     if not isinstance(y, Tensor):
         return y
     with _unasked(y):
@@ -124,8 +137,13 @@ def leave(
                 if t.shape == x.shape:  # prelu's weight is the model's
                     ledger.original(row, local_part(t))
         ledger.ends_at(y)
+        if look and site is not None:
+            ledger.watch(Watch(site, [], y, Verdict.LOOK, kept=kept))
         if entry.recomputes and saves == "input" and _has_its_own(x, y):
-            _recipes.anchor_by_node(x, y)
+            if kept and (packed := kept[0]()) is not None:
+                _recipes.anchor(x, packed)
+            else:
+                _recipes.anchor_by_node(x, y)
             _recompute.note_activation(run_it, x, y, (site, ledger.coming_step) if site is not None else None)
     return y
 
@@ -183,11 +201,12 @@ def _as_it_is(entry: Entry, call: Call, plan: Plan, x: Tensor, run_it: functools
     """Make the call of one node with our hooks around it, or without."""
     ledger = entry.scope._ledger
     recomputes = entry.recomputes and type(x) is Tensor
-    site, verdict = _site(entry, call.name, recomputes=recomputes)
+    site, verdict = _site(entry, call.name, recomputes=recomputes, can_look=type(x) is Tensor)
     if verdict is Verdict.INPUT and plan.codebook is None:
         verdict = site.verdict if site is not None else verdict  # a bit is less than the input, none less than that
-    if verdict in (Verdict.LEAVE, Verdict.INPUT):
-        y = leave(entry, call, HELD if verdict is Verdict.LEAVE else SOURCE, x, run_it, site)
+    if verdict in (Verdict.LEAVE, Verdict.INPUT, Verdict.LOOK):
+        reason = SOURCE if verdict is Verdict.INPUT else HELD
+        y = leave(entry, call, reason, x, run_it, site, look=verdict is Verdict.LOOK)
         _watch_input(ledger, site, verdict, y)
         return y
     inverse = plan.inverse(local_part(x), copied=verdict is Verdict.COPY) if verdict in FROM_OUTPUT else None
@@ -202,8 +221,12 @@ def _as_it_is(entry: Entry, call: Call, plan: Plan, x: Tensor, run_it: functools
     return y
 
 
-def _site(entry: Entry, name: str, *, recomputes: bool) -> tuple[Site | None, Verdict]:
-    """The place that the call comes from, and what is to be done there."""
+def _site(entry: Entry, name: str, *, recomputes: bool, can_look: bool = False) -> tuple[Site | None, Verdict]:
+    """The place that the call comes from, and what is to be done there.
+
+    Args:
+        can_look: who else holds what the call keeps can be told; else it is coded for a look.
+    """
     if entry.hooks is not None:
         # Under hooks of others nothing is learned: a checkpoint must see the same saved tensors when it runs again.
         return None, Verdict.UNKNOWN
@@ -213,6 +236,9 @@ def _site(entry: Entry, name: str, *, recomputes: bool) -> tuple[Site | None, Ve
     if site is None:
         return None, Verdict.UNKNOWN
     verdict = site.treatment(recomputes)
+    if verdict is Verdict.LOOK and not can_look:
+        site.forget()
+        return site, Verdict.UNKNOWN
     if verdict in FROM_OUTPUT and ops.results_may_change():
         return site, Verdict.CODES  # it may be another function's
     return site, verdict

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,13 @@ class Relying(Protocol):
 
     def held_alone(self) -> int:
         """The bytes of what is relied on, if nobody else holds it."""
+
+
+class Keeping(Protocol):
+    """A packed object that keeps a saved tensor as it is."""
+
+    def held_alone(self) -> bool:
+        """Whether nobody else holds its storage."""
 
 
 _relying: dict[weakref.ref[Relying], tuple[Site, set[int]]] = {}
@@ -77,8 +84,11 @@ class Watch:
         output: the storage of its output.
         copies: those of copies of it.
         treated: as what the call was treated. OUTPUT: the derivative is taken from the output or a copy already, and
-            its packed object holds it. INPUT: the input is kept so that the output need not be. UNKNOWN: it is no
-            activation, but a consumer.
+            its packed object holds it. INPUT: the input is kept so that the output need not be. LOOK: what its node
+            keeps is kept by us. UNKNOWN: it is no activation, but a consumer.
+        node: something that lives as long as the call's node. A call whose node is gone says nothing: its result was
+            thrown away, as an adaptive solver of differential equations does with its last evaluation.
+        kept: what is kept for a look.
         relying: the packed objects that hold the output, or a copy; weak, for a graph may be dropped before the look.
         held: what tells the version of the output or of copies, and that version, at a site that will soon rely on it.
         row: where the call's bytes are counted.
@@ -89,6 +99,8 @@ class Watch:
         "_seen",
         "copies",
         "held",
+        "kept",
+        "node",
         "output",
         "relying",
         "row",
@@ -106,9 +118,14 @@ class Watch:
         treated: Verdict = Verdict.UNKNOWN,
         relying: Iterable[Relying] = (),
         row: Row | None = None,
+        *,
+        node: Any = None,
+        kept: Sequence[weakref.ref[Any]] = (),
     ) -> None:
         self.site = site
         self.row = row
+        self.node = weakref.ref(node) if node is not None else None
+        self.kept: Sequence[weakref.ref[Keeping]] = kept
         self.thread = threading.get_ident()
         self.saved = saved
         self.output = StorageWeakRef(local_part(output).untyped_storage())
@@ -142,12 +159,21 @@ class Watch:
         if self.output.cdata == storage or any(copy.cdata == storage for copy in self.copies):
             self.site.distrust_output()
 
+    def _relies_on_what_was_saved(self) -> bool:
+        """What its node would have kept is the output, which the packed object holds itself."""
+        return self.treated is Verdict.OUTPUT and any(saved.cdata == self.output.cdata for saved in self.saved)
+
     def look(self, step: int, *, late: bool) -> None:
         """See which storages are alive, and learn of it.
 
         Args:
             late: a backward has begun, which may have released some.
         """
+        if self.treated is Verdict.LOOK:
+            kept = [found for ref in self.kept if (found := ref()) is not None]
+            if kept and not late:  # else there is nothing to be told: another look will come
+                self.site.looked_again(not any(packed.held_alone() for packed in kept), step)
+            return
         changed, alone = False, 0
         for tensor, version in self.held:
             changed |= version_of(tensor) != version
@@ -162,7 +188,9 @@ class Watch:
             self.site.found_alone()
         if alone and not late and self.row is not None:
             self.row.stored_bytes += alone
-        input_kept = not any(map(StorageWeakRef.expired, self.saved))
+        if self.node is not None and self.node() is None:
+            return
+        input_kept = not any(map(StorageWeakRef.expired, self.saved)) and not self._relies_on_what_was_saved()
         copy_kept = bool(self.copies) and not any(map(StorageWeakRef.expired, self.copies))
         self.site.see(input_kept, not self.output.is_empty(), copy_kept, self.treated, step)
 
