@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from . import ops
+from . import _steep, ops
 from ._around import Receipt
 from ._dtensor import PartHook, Whole, detached, is_dtensor, local_part, version_of
 from ._errors import FewbitError, FewbitRuntimeError
@@ -71,13 +71,13 @@ class HandedCodes(Handed):
 
 
 class Packed:
-    """Codes in the place of a saved tensor; and a flag, see `Plan.encode`."""
+    """Codes in the place of a saved tensor; and a flag, see `Plan.encode`. Or the tensor after all, see `_steep.py`."""
 
-    __slots__ = ("bits", "codes", "flag", "layout", "name", "order", "rows", "step")
+    __slots__ = ("__weakref__", "at_hand", "bits", "codes", "flag", "kept", "layout", "name", "order", "rows", "step")
 
     def __init__(
         self,
-        codes: Tensor | Handed,
+        codes: Tensor | Handed | None,
         rows: Tensor,
         bits: int,
         layout: ops.Layout,
@@ -94,11 +94,23 @@ class Packed:
         self.name = name
         self.step = step
         self.flag = flag
+        self.kept: Kept | None = None
+        self.at_hand: Kept | None = None
+
+    def keep(self) -> int:
+        """Have the tensor, which is at hand, from now on; returns the bytes of the codes, which are let go of."""
+        stored = nbytes(self.codes) if isinstance(self.codes, Tensor) else 0
+        self.kept, self.codes = self.at_hand, None
+        return stored
 
     def unpack(self) -> Tensor:
         """The stand-ins: a tensor for which the node's own backward gives the few-bit derivative."""
+        if self.kept is not None:
+            self.step.unpacked()
+            return self.kept.unpack()
         begin_backward(self.name, self.step)
         codes = self.codes.unpack() if isinstance(self.codes, Handed) else self.codes
+        assert codes is not None
         with torch._C.DisableTorchFunction():
             return self.layout.like(flagged(ops.decode(codes, self.rows, self.bits, self.order), self.flag))
 
@@ -279,6 +291,7 @@ class PackHook:
         "_flag",
         "_inverse",
         "_keep",
+        "_latest",
         "_ledger",
         "_plan",
         "_row",
@@ -309,6 +322,7 @@ class PackHook:
         self._flag: Tensor | None = None
         self._saved: list[StorageWeakRef] = []
         self._beside: list[Beside] = []
+        self._latest: Packed | None = None
         # Smooth activations are coded from their input, where the boundaries are; that must be before it is
         # overwritten.
         self._codes = self._encode(x) if plan.inplace and plan.codebook is not None else None
@@ -350,10 +364,15 @@ class PackHook:
         assert self._codes is not None
         # each is handed on by itself: an offloader gives back what it was handed once
         codes = HandedCodes(self._codes, self._around) if self._around is not None else self._codes
-        return Packed(codes, rows, plan.bits, layout, order, name, step, self._flag)
+        packed = Packed(codes, rows, plan.bits, layout, order, name, step, self._flag)
+        if name in _steep.SATURATE and self._around is None:
+            packed.at_hand, self._latest = Kept(t, name), packed
+        return packed
 
     def finish(self, y: Tensor) -> None:
         """The call has its output."""
+        if self._latest is not None and self._row is not None:
+            _steep.remember(y, self._latest, self._ledger, self._row)
         for packed in self._beside:
             packed.rely_on(y)
         if self._keep:
@@ -365,7 +384,7 @@ class PackHook:
     def release(self) -> None:
         """The call is over; see the note above."""
         del self._plan, self._x, self._ledger, self._site, self._row, self._codes, self._saved, self._beside
-        del self._around, self._flag
+        del self._around, self._flag, self._latest
 
     def _encode(self, t: Tensor) -> Tensor | None:
         if not self._bits:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +44,18 @@ SELECTED = 4
 
 Constants = tuple[int, tuple[float, ...], tuple[float, ...], bool]
 """Bits, boundaries, levels, folded."""
+
+
+def _operations(names: str) -> frozenset[Any]:
+    return frozenset(getattr(torch.ops.aten, name) for name in names.split())
+
+
+MAGNIFY = _operations("log log2 log10 log1p logit reciprocal rsqrt xlogy special_entr binary_cross_entropy")
+"""What makes of a small error in a small number a large one."""
+MOVE = _operations("_to_copy cat clone gather index index_select repeat stack")
+"""What does not change a number: views do not, either."""
+MAGNIFIED_WITHIN = 64
+"""Nodes that are looked at."""
 
 
 class Coded(torch.autograd.Function):
@@ -119,8 +132,11 @@ def choose(x: Tensor, y: Tensor, coded: Tensor, grad: Tensor, again: bool) -> tu
     if proxies is None:
         return coded, grad  # Dynamo asks what comes out
     given, output = _node_of(x, proxies), _node_of(y, proxies)
-    if given is None or output is None or not (_is_read_in_backward(output) or _is_read_in_backward(given)):
+    if given is None or output is None:
         return coded, None
+    if not (_is_read_in_backward(output) or _is_read_in_backward(given)):
+        changed = output.target is not torch.ops.aten.clone.default  # in place: what was made of it before is not seen
+        return (None, grad) if changed or _is_magnified(output) else (coded, None)
     for node in _between(given, output) if again else [output]:
         node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
     return None, grad
@@ -146,6 +162,28 @@ def _is_read_in_backward(node: torch.fx.Node) -> bool:
             if not isinstance(made, Tensor) or made.dtype != torch.bool:
                 return True
     return False
+
+
+def _is_magnified(output: torch.fx.Node) -> bool:
+    """Whether a logarithm or a quotient is taken of what is made of a tensor pointwise: NOTE [ Steep ], `_steep.py`."""
+    stack, seen = [output], {output}
+    while stack and len(seen) < MAGNIFIED_WITHIN:
+        node = stack.pop()
+        for user in node.users:
+            operation = getattr(user.target, "overloadpacket", None)
+            if operation in MAGNIFY or (operation is torch.ops.aten.div and user.args[1] is node):
+                return True
+            if user not in seen and (operation in MOVE or _is_pointwise(user.target)):
+                seen.add(user)
+                stack.append(user)
+    return False
+
+
+def _is_pointwise(operation: Any) -> bool:
+    """Or makes a view."""
+    if operation is operator.getitem or getattr(operation, "is_view", False):
+        return True
+    return torch.Tag.pointwise in getattr(operation, "tags", ())
 
 
 def _between(start: torch.fx.Node, end: torch.fx.Node) -> list[torch.fx.Node]:

@@ -62,6 +62,11 @@ class Row:
     freed_bytes: int = 0
     module_class: str = ""
 
+    @property
+    def key(self) -> RowKey:
+        """What a step knows it by."""
+        return self.activation, self.module, self.bits, self.reason, self.how
+
 
 RowKey = tuple[str, ModuleRef | None, int | None, str, str]
 
@@ -257,6 +262,27 @@ class Ledger:
             self.step.swept = False
             self.step.bound()
             return ref
+
+    def kept_after_all(self, row: Row, storage: int, stored: int, reason: str) -> None:
+        """One of a row's calls is kept in the end, what lies in the storage of that address, and the codes let go of.
+
+        Args:
+            stored: their bytes.
+        """
+        with self._lock:
+            step, pending = self.step, self.step.pending.get(storage)
+            if step.rows.get(row.key) is not row:
+                return  # of a step that is over
+            kept = step.row(row.activation, row.module, None, reason)
+            kept.model, kept.module_class = row.model, row.module_class
+            row.calls, kept.calls = row.calls - 1, kept.calls + 1
+            row.stored_bytes -= stored
+            if pending is not None and pending.row is row:
+                row.original_bytes -= pending.nbytes
+                kept.original_bytes += pending.nbytes
+                pending.row = kept
+            if not row.calls:
+                del step.rows[row.key]
 
     def newly_held(self, tensor: Tensor) -> int:
         """The bytes of a storage that is held for backward and that stock autograd would not have kept; 0 where it is

@@ -30,10 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import _steep, ops
 from ._errors import FewbitError
 from ._hooked import Hooks, hooked, innermost_hooks
-from ._hooks import Beside, HandedCodes, begin_backward, flagged, nbytes
+from ._hooks import Beside, HandedCodes, Kept, begin_backward, flagged, nbytes
 from ._inverse import Inverse, Itself
 from ._learning import Site, Verdict
 from ._ledger import CODES, OUTPUT, Ledger, Row
@@ -97,6 +97,8 @@ class _Call:
     primitives: Saves | None
     around: Hooks | None
     handover: _Handover = field(default_factory=_Handover)
+    instead: _Instead = field(default_factory=lambda: _Instead())
+    row: Row | None = None
 
 
 def run_coded(
@@ -124,7 +126,26 @@ def run_coded(
     hooks = hooked(call.handover, _taken_back)
     with hooks if hands_over else contextlib.nullcontext():
         y: Tensor = _Coded.apply(x, call)  # type: ignore[no-untyped-call]
+    name = plan.activation.name
+    if inverse is None and call.around is None and name in _steep.SATURATE and call.row is not None:
+        call.instead.at_hand = Kept(x, name)
+        _steep.remember(y, call.instead, ledger, call.row)
     return y
+
+
+class _Instead:
+    """What a node has the derivative from in place of its codes: the input, if it is kept after all (`_steep.py`)."""
+
+    __slots__ = ("__weakref__", "at_hand", "kept")
+
+    def __init__(self) -> None:
+        self.kept: Kept | None = None
+        self.at_hand: Kept | None = None
+
+    def keep(self) -> int:
+        """From now on; returns the bytes that are let go of: none, as a node has what it saved."""
+        self.kept = self.at_hand
+        return 0
 
 
 class _Coded(torch.autograd.Function):
@@ -156,6 +177,7 @@ class _Coded(torch.autograd.Function):
             beside[0].rely_on(y)
             ctx.save_for_backward(_NOTHING, codes)
             call.handover.packed = beside[0]
+        call.row = row
         storage, never_kept = _count_original(row, call, x, y)
         ledger.stored(row, nbytes(codes) + nbytes(flag), never_kept=never_kept)
         if call.site is not None:
@@ -163,6 +185,7 @@ class _Coded(torch.autograd.Function):
             saved = [storage] if storage is not None else []
             ledger.watch(Watch(call.site, saved, y, treated, beside, row, node=ctx))
         ctx.plan, ctx.layout, ctx.inverse, ctx.step, ctx.flag = plan, layout, inverse, ledger.step, flag
+        ctx.instead = call.instead
         return y
 
     @staticmethod
@@ -185,6 +208,11 @@ def _count_original(row: Row, call: _Call, x: Tensor, y: Tensor) -> tuple[Storag
 def _from_codes(ctx: Any, grad: Tensor) -> Tensor:
     plan, layout, flag = ctx.plan, ctx.layout, ctx.flag
     begin_backward(plan.activation.name, ctx.step)
+    if ctx.instead.kept is not None:
+        with torch._C.DisableTorchFunction(), torch.enable_grad():
+            x = ctx.instead.kept.unpack().detach().requires_grad_()
+            exact: Tensor = torch.autograd.grad(plan.function(x), x, grad)[0]
+        return exact
     (codes,) = ctx.saved_tensors
     with torch._C.DisableTorchFunction():
         if _is_like(grad, layout):

@@ -5,13 +5,13 @@ that thread. Calls that are not in the registry (`_calls.py`) run as they are, w
 call, the policy (`_policy.py`) having nothing against it, two saved-tensor hooks are put (`_hooks.py`): the pack hook
 replaces what the node saves by packed codes (`ops/`), the unpack hook hands it stand-ins (`_standins.py`), for which
 the node's own backward gives the derivative that the codebook (`_codebook.py`) has for each code. What is done with one
-call is decided in `_treatment.py`, of what is known (`_learning.py`) of its place (`_sites.py`). What dropout and its
-like save, a mask, is packed to one bit an element as it is (`_masks.py`); modules that are written in primitives are
-treated as a whole (`_composites.py`); under `recompute=True` what is cheap is computed again (`_recompute.py`,
-`_recipes.py`). Under `engine="fused"` a call gets a node of our own in place of PyTorch's, whose backward is one
-product (`_one_node.py`); on CUDA the kernel that computes the activation makes the codes (`_fused.py`), and gated units
-are one kernel (`_gated.py`). A function that is compiled has codes in its graph (`_compiled.py`). The ledger
-(`_ledger.py`) keeps the books.
+call is decided in `_treatment.py`, of what is known (`_learning.py`) of its place (`_sites.py`); what a logarithm is
+taken of is kept after all (`_steep.py`). What dropout and its like save, a mask, is packed to one bit an element as it
+is (`_masks.py`); modules that are written in primitives are treated as a whole (`_composites.py`); under
+`recompute=True` what is cheap is computed again (`_recompute.py`, `_recipes.py`). Under `engine="fused"` a call gets a
+node of our own in place of PyTorch's, whose backward is one product (`_one_node.py`); on CUDA the kernel that computes
+the activation makes the codes (`_fused.py`), and gated units are one kernel (`_gated.py`). A function that is compiled
+has codes in its graph (`_compiled.py`). The ledger (`_ledger.py`) keeps the books.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from . import (
     _recipes,
     _recompute,
     _stack,
+    _steep,
     _treatment,
 )
 from ._calls import BACKWARD, RECOGNISED, Call
@@ -50,6 +51,7 @@ from ._policy import Bits, Exclude
 from ._recompute_calls import EXPOSES, RECOMPUTE
 from ._report import Report
 from ._sites import learned_under
+from ._steep import STEEP
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -164,6 +166,7 @@ class scope:
     def _leave(self, entry: _stack.Entry, *, failed: bool = False) -> None:
         _stack.remove(entry)
         _masks.look_again()
+        _steep.forget()
         if not _stack.entries():
             _recipes.forget()
         self._ledger.settle(failed=failed)
@@ -253,6 +256,7 @@ class scope:
 
         A step is all that was saved since the last backward began.
         """
+        _steep.forget()
         return Report.from_ledger(self._ledger, self._settings.bits is None)
 
     def _warn_if_nothing_was_compressed(self) -> None:
@@ -298,9 +302,15 @@ class scope:
 
 
 class _Mode(TorchFunctionMode):
-    """Sees every torch call of its thread. One a thread; `entry` is the active scope's."""
+    """Sees every torch call of its thread. One a thread.
+
+    Attributes:
+        entry: the active scope's.
+        steep: something is at hand of which a logarithm may be taken: see `_steep.py`.
+    """
 
     entry: _stack.Entry | None = None
+    steep = False
 
     @_compiled.never_by_itself
     def __torch_function__(
@@ -311,9 +321,11 @@ class _Mode(TorchFunctionMode):
             entry = self.entry
             if (
                 entry is not None
-                and (entry.recomputes or entry.inside or EXPOSES.get(func))
+                and (entry.recomputes or entry.inside or self.steep or EXPOSES.get(func))
                 and not torch.compiler.is_compiling()
             ):
+                if self.steep and (operand := STEEP.get(func)) is not None:
+                    _compiled.plainly(functools.partial(_steep.look, operand, args, kwargs or {}))
                 again = RECOMPUTE.get(func)
                 if again is not None:
                     if torch._C._len_torch_function_stack():
@@ -323,6 +335,7 @@ class _Mode(TorchFunctionMode):
         kwargs = kwargs or {}
         if call is BACKWARD:
             _recipes.forget()
+            _steep.forget()
             for entry in _stack.entries():
                 entry.scope._ledger.step.begin_backward()
             return func(*args, **kwargs)

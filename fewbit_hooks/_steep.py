@@ -1,0 +1,188 @@
+"""Saturated activations behind a logarithm, or in a denominator: there no codes do.
+
+NOTE [ Steep ]
+
+Far out, where sigmoid's derivative has gone to 0, all inputs share one code, whose level is the mean over them. That is
+hardly more than 0, and does no harm; but whoever takes a logarithm of the output, or divides by it, multiplies it by
+one over what is left of the output there. Of `-log(sigmoid(z) + 1e-8)` at z = -15 the gradient is 1, and that of 3 bits
+is 7,000. Such are `BCELoss`, ranking losses, a tanh-Gaussian policy (`log(1 - a * a + 1e-6)`), a standard deviation
+that is a softplus.
+
+So the latest of what was coded stays at hand for a moment, as its node would have kept it. When a logarithm or a
+quotient is taken of something that was made of it by pointwise operations, it is kept after all, in the place of its
+codes: the gradient is exact, in the first step, too.
+
+1. At hand are the tensors of the latest `RECENT` calls of a thread; none when a scope has been left, a backward begins
+   or a report is made. They lie beside the codes, in what the graph keeps, and go with that.
+2. A tensor is at hand detached, with its version. One that was changed meanwhile is not taken.
+3. From the logarithm back to the activation the graph is followed through nodes that are `POINTWISE`, or move elements;
+   a matrix product, a sum or a softmax between them is no concern of this.
+
+In a compiled graph the same is asked of what has been traced: `choose` in `_in_graph.py`.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import _stack
+from ._calls import _callables
+from ._ledger import Ledger, Row
+
+RECENT = 2
+"""Of a pair of activations, of a ranking loss say, a logarithm may be taken after both."""
+STEPS = 32
+"""Nodes that are looked at: those of such a loss are ten or so."""
+
+SATURATE = frozenset({"celu", "elu", "selu", "sigmoid", "softplus", "tanh"})
+"""Activations whose derivative goes to 0 with the output, or with its distance from 1."""
+
+KEPT = "a logarithm, or a quotient, of it would magnify what codes leave out"
+
+
+class Kept(Protocol):
+    """A saved tensor as it is, and its version."""
+
+    tensor: Tensor
+    version: int
+
+
+class Packed(Protocol):
+    """What stands for a saved tensor, which is at hand beside it for a moment."""
+
+    at_hand: Any
+
+    def keep(self) -> int:
+        """Have what is at hand in the place of codes; returns the bytes that are let go of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """Which argument of a callable is in the logarithm, or below.
+
+    Attributes:
+        place: among those that are given by place.
+        name: as it may be given by name.
+    """
+
+    place: int
+    name: str
+
+    def of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The argument; None where there is none."""
+        return args[self.place] if len(args) > self.place else kwargs.get(self.name)
+
+
+_CALLS = {
+    Operand(
+        0, "input"
+    ): "torch.log torch.log_ torch.log2 torch.log10 torch.log1p torch.logit torch.reciprocal torch.rsqrt "
+    "Tensor.log Tensor.log_ Tensor.log2 Tensor.log10 Tensor.log1p Tensor.logit Tensor.reciprocal Tensor.rsqrt "
+    "Tensor.__rtruediv__ Tensor.__rdiv__ torch.special.log1p torch.special.logit torch.special.entr "
+    "F.binary_cross_entropy F.poisson_nll_loss torch.ops.aten.log torch.ops.aten.log1p torch.ops.aten.reciprocal "
+    "torch.ops.aten.binary_cross_entropy",
+    Operand(1, "other"): "torch.div torch.divide torch.true_divide torch.xlogy torch.special.xlogy "
+    "Tensor.div Tensor.div_ Tensor.divide Tensor.true_divide Tensor.__truediv__ Tensor.__itruediv__ Tensor.__div__ "
+    "Tensor.xlogy torch.ops.aten.div",
+    Operand(2, "var"): "F.gaussian_nll_loss",
+}
+STEEP: dict[Any, Operand] = {
+    function: operand for operand, paths in _CALLS.items() for path in paths.split() for function in _callables(path)
+}
+
+_POINTWISE = (
+    "Abs Add Alias Cat Clamp ClampMax ClampMin Clone Div Expand Gather Index IndexSelect MaskedFill Maximum Minimum "
+    "Mul Neg Permute Pow Repeat ReshapeAlias Rsub Select Slice Split SplitWithSizes Sqrt Squeeze Stack Sub T ToCopy "
+    "Transpose Unbind UnsafeView Unsqueeze View Where"
+)
+POINTWISE = frozenset(_POINTWISE.split())
+"""Nodes, as they are named."""
+
+
+@dataclass(slots=True)
+class _Recent:
+    """A call that was coded.
+
+    Attributes:
+        number: of its node.
+        packed: what that keeps; weak, for the graph may be dropped.
+        ledger, row: where it is counted.
+    """
+
+    number: int
+    packed: weakref.ref[Packed]
+    ledger: Ledger
+    row: Row
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.recent: deque[_Recent] = deque()
+
+
+_thread = _Thread()
+
+
+def remember(y: Tensor, packed: Packed, ledger: Ledger, row: Row) -> None:
+    """A call was coded, and has its output."""
+    mode = _stack.this_thread.mode
+    if y.grad_fn is None or mode is None:
+        packed.at_hand = None
+        return
+    _thread.recent.append(_Recent(y.grad_fn._sequence_nr(), weakref.ref(packed), ledger, row))
+    mode.steep = True
+    if len(_thread.recent) > RECENT:
+        _let_go(_thread.recent.popleft())
+
+
+def forget() -> None:
+    """Have nothing at hand."""
+    while _thread.recent:
+        _let_go(_thread.recent.popleft())
+    if _stack.this_thread.mode is not None:
+        _stack.this_thread.mode.steep = False
+
+
+def _let_go(call: _Recent) -> None:
+    packed = call.packed()
+    if packed is not None:
+        packed.at_hand = None
+
+
+def look(operand: Operand, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """A logarithm, or a quotient, is about to be taken: what it is taken of is not to be had from codes."""
+    t = operand.of(args, kwargs)
+    if type(t) is not Tensor or torch._C._functorch.peek_interpreter_stack() is not None or not t.requires_grad:
+        return
+    recent = _thread.recent
+    numbers = _made_of(t, {call.number for call in recent})
+    for call in [call for call in recent if call.number in numbers]:
+        recent.remove(call)
+        packed = call.packed()
+        kept: Kept | None = packed.at_hand if packed is not None else None
+        if packed is not None and kept is not None and kept.tensor._version == kept.version:
+            call.ledger.kept_after_all(call.row, kept.tensor.untyped_storage()._cdata, packed.keep(), KEPT)
+        _let_go(call)
+
+
+def _made_of(t: Tensor, numbers: set[int]) -> set[int]:
+    """Those of the nodes that `t` was made by, pointwise."""
+    oldest, found = min(numbers, default=0), set()
+    stack: list[Any] = [t.grad_fn]
+    for _ in range(STEPS):
+        node = stack.pop() if stack else None
+        if node is None or node._sequence_nr() < oldest:
+            continue
+        if node._sequence_nr() in numbers:
+            found.add(node._sequence_nr())
+        elif node.name().partition("Backward")[0] in POINTWISE:
+            stack.extend(following for following, _ in node.next_functions)
+    return found
