@@ -18,7 +18,8 @@ the graph saves the codes in the activation's place.
    masks, an argument or part of an attention, are left to the compiler.
 5. Codes beside what is kept anyway would approximate for nothing. Only when the backward has been traced as far as the
    activation is it known what that reads of it; so under AOTAutograd the activation and its codes are both in what
-   Dynamo traces, and `choose` takes one of them (`CodedOrNot`). Other backends have the codes (`Coded`).
+   Dynamo traces, and `choose` takes one of them (`CodedOrNot`). Other backends have the codes (`Coded`). With
+   `exact=True` there are none, and what can be computed again is not kept.
 
 The operations are those of `_in_graph.py`.
 """
@@ -35,7 +36,7 @@ from torch.autograd import forward_ad
 
 from . import _policy
 from ._calls import Call
-from ._in_graph import Coded, CodedOrNot, Constants, Dropped, choose
+from ._in_graph import UNCODED, Coded, CodedOrNot, Constants, Dropped, choose
 from ._mask_calls import MaskCall
 from ._policy import Settings
 
@@ -57,12 +58,14 @@ class Coding(NamedTuple):
     Attributes:
         bits: of an activation that is not named.
         named: of those that are.
+        exact: nothing is approximated, but what can be computed again is not kept.
         masks: those of dropouts are packed.
         min_bytes: as the scope's.
     """
 
     bits: int | None
     named: tuple[tuple[str, int | None], ...]
+    exact: bool
     masks: bool
     min_bytes: int
 
@@ -107,16 +110,16 @@ def coding(settings: Settings) -> Coding | None:
         return None
     masks = settings.bits_for("dropout", None, exact=True) is not None
     if settings.exact or settings.codebooks:
-        return _coding(None, (), masks, settings.min_bytes)
+        return _coding(None, (), settings.exact, masks, settings.min_bytes)
     bits = settings.bits if isinstance(settings.bits, Mapping) else {"default": settings.bits}
     named = tuple(sorted((name, of_it) for name, of_it in bits.items() if name != "default"))
-    return _coding(bits.get("default"), named, masks, settings.min_bytes)
+    return _coding(bits.get("default"), named, False, masks, settings.min_bytes)
 
 
 @functools.cache
-def _coding(bits: int | None, named: tuple[tuple[str, int | None], ...], masks: bool, min_bytes: int) -> Coding:
+def _coding(*settings: Any) -> Coding:
     """One object for equal settings: Dynamo guards what is handed to `_constants` by its identity."""
-    return Coding(bits, named, masks, min_bytes)
+    return Coding(*settings)
 
 
 def run(
@@ -147,6 +150,8 @@ def run(
     if composite is not False and call.one_node is None:
         constants = _asked(coding, call, x, args[1:], rest)
     if constants is not None and not _traces_backward():
+        if not constants[0]:
+            return func(*args, **kwargs)
         return Coded.apply(x, func, args[1:], rest, constants)  # type: ignore[no-untyped-call]
     if composite is None and call.one_node is None:
         y = func(*args, **kwargs)
@@ -203,9 +208,11 @@ def _constants(
     activation = find(name)
     bits = dict(coding.named).get(name, coding.bits)
     given = {**dict(zip(names, rest, strict=False)), **dict(named)}
-    if bits is None or inplace or given.pop("inplace", False):
+    if inplace or given.pop("inplace", False) or dtype not in {str(d) for d in _policy.DTYPES}:
         return None
-    if dtype not in {str(d) for d in _policy.DTYPES}:
+    if coding.exact:
+        return UNCODED if activation.saves == "input" else None
+    if bits is None:
         return None
     try:
         parameters = activation.check(given)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import bisect
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -37,8 +37,9 @@ from ._hooks import Kept, unpack
 from ._mask_calls import MaskCall
 from ._modules import innermost_module, outermost_module, parameters_of
 from ._recompute_calls import RECOMPUTE
-from ._recording import IN, MADE, OUT, Operation, Saved
+from ._recording import ACTIVATION, IN, MADE, OUT, Operation, Saved
 from ._seen import Seen
+from ._steep import KEPT, RECENT, SATURATE, STEEP, made_of
 from ._storages import StorageWeakRef
 
 UNSEEN = "(no torch call)"
@@ -87,6 +88,7 @@ class Recorder(TorchFunctionMode):
         self._weak: dict[int, StorageWeakRef] = {}  # keeps the address of a storage that is gone from being used again
         self._current: _Current | None = None
         self._within: Operation | None = None
+        self._recent: deque[tuple[int, Operation]] = deque(maxlen=RECENT)  # and the numbers of their nodes
         self._unseen: list[tuple[int, Operation]] = []  # autograd's sequence number when it saved something
         self._pack_hook = self._pack  # one bound method, to be recognised as the innermost hook
         self._seen = Seen(self._key, self._pack_hook)
@@ -138,6 +140,8 @@ class Recorder(TorchFunctionMode):
             self.freeze(tensors_in(args[:1] or tuple(kwargs.values())[:1]))
         if self.frozen or not torch.is_grad_enabled():
             return func(*args, **kwargs)
+        if (operand := STEEP.get(func)) is not None and self._recent:
+            self._look(operand.of(args, kwargs))
         outer, self._current = self._current, _Current(func, args, kwargs, first=len(self.saved))
         try:
             result = func(*args, **kwargs)
@@ -242,7 +246,16 @@ class Recorder(TorchFunctionMode):
             setattr(operation, key, value)
         if what and y is not None:
             operation.y = self._seen.ref(y)
+            if what.get("kind") == ACTIVATION and operation.name in SATURATE and y.grad_fn is not None:
+                self._recent.append((y.grad_fn._sequence_nr(), operation))
         self._append(operation)
+
+    def _look(self, t: Any) -> None:
+        """A logarithm, or a quotient, is about to be taken: what it is taken of a scope would keep."""
+        numbers = made_of(t, {number for number, _ in self._recent})
+        for number, operation in self._recent:
+            if number in numbers and not operation.reason:
+                operation.reason = KEPT
 
     def _copied(self, t: Tensor) -> int:
         """The storage of the operand that a consumer's saved tensor is autocast's copy of."""

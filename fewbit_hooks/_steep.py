@@ -26,7 +26,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -159,11 +159,8 @@ def _let_go(call: _Recent) -> None:
 
 def look(operand: Operand, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """A logarithm, or a quotient, is about to be taken: what it is taken of is not to be had from codes."""
-    t = operand.of(args, kwargs)
-    if type(t) is not Tensor or torch._C._functorch.peek_interpreter_stack() is not None or not t.requires_grad:
-        return
     recent = _thread.recent
-    numbers = _made_of(t, {call.number for call in recent})
+    numbers = made_of(operand.of(args, kwargs), {call.number for call in recent})
     for call in [call for call in recent if call.number in numbers]:
         recent.remove(call)
         packed = call.packed()
@@ -173,12 +170,14 @@ def look(operand: Operand, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
         _let_go(call)
 
 
-def _made_of(t: Tensor, numbers: set[int]) -> set[int]:
-    """Those of the nodes that `t` was made by, pointwise."""
-    oldest, found = min(numbers, default=0), set()
-    stack: list[Any] = [t.grad_fn]
+def made_of(t: Any, numbers: Set[int]) -> set[int]:
+    """Those of the nodes of these numbers from which something was made, pointwise."""
+    found: set[int] = set()
+    if type(t) is not Tensor or torch._C._functorch.peek_interpreter_stack() is not None or not numbers:
+        return found
+    oldest, stack = min(numbers), [t.grad_fn]
     for _ in range(STEPS):
-        node = stack.pop() if stack else None
+        node: Any = stack.pop() if stack else None
         if node is None or node._sequence_nr() < oldest:
             continue
         if node._sequence_nr() in numbers:

@@ -42,14 +42,14 @@ class Net(nn.Module):
         return self.second(self.between(self.first(x)))
 
 
-def ran(net: nn.Module, scoped: bool, **options: Any) -> tuple[int, list[Tensor]]:
+def ran(net: nn.Module, scoped: bool, *, exact: bool = False, **options: Any) -> tuple[int, list[Tensor]]:
     """Bytes of hidden activations and codes that the compiled graph keeps, and the gradients."""
     torch._dynamo.reset()
     compiled = torch.compile(net, fullgraph=True, **{"backend": "inductor", **options})
     torch.manual_seed(1)
     x = torch.randn(ROWS, 3)
     net.zero_grad(set_to_none=True)
-    with fewbit.scope(bits=3, min_bytes=SIZE) if scoped else contextlib.nullcontext():
+    with fewbit.scope(bits=3, min_bytes=SIZE, exact=exact) if scoped else contextlib.nullcontext():
         y = compiled(x)
     parameters = {p.data_ptr() for p in net.parameters()}
     kept = [t for t in y.grad_fn.saved_tensors if t.data_ptr() not in parameters]
@@ -63,19 +63,25 @@ def error(found: list[Tensor], expected: list[Tensor]) -> float:
     return float(sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)) ** 0.5
 
 
+def as_it_is(module: Any, _: Any) -> Any:
+    """A backend that runs what Dynamo traced."""
+    return module.forward
+
+
 ACTIVATIONS = [nn.GELU(), nn.SiLU(), nn.Mish(), nn.Tanh(), TanhGELU()]
 
 
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize(
     ("act", "backend"),
     [*[(act, "aot_eager") for act in ACTIVATIONS], (nn.GELU(), "inductor"), (TanhGELU(), "inductor")],
     ids=str,
 )
 def test_before_a_trainable_layer_the_input_alone_is_kept_and_the_gradient_is_exact(
-    act: nn.Module, backend: str
+    act: nn.Module, backend: str, exact: bool
 ) -> None:
     _, expected = ran(Net(act), scoped=False, backend=backend)
-    held, found = ran(Net(act), scoped=True, backend=backend)
+    held, found = ran(Net(act), scoped=True, backend=backend, exact=exact)
     assert held == SIZE  # stock keeps the output, too, which the matrix product reads
     assert error(found, expected) < 1e-6
 
@@ -94,6 +100,19 @@ def test_before_a_frozen_layer_codes_are_kept(between: Callable[[Tensor], Tensor
     _, expected = ran(Net(between, frozen=True), scoped=False, backend="aot_eager")
     _, found = ran(Net(between, frozen=True), scoped=True, backend="aot_eager")
     assert 1e-3 < error(found, expected) < 0.2
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", as_it_is])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_with_exact_nothing_is_approximated_whoever_compiles(frozen: bool, backend: Any) -> None:
+    before, expected = ran(Net(F.gelu, frozen=frozen), scoped=False, backend="aot_eager")
+    net = Net(F.gelu, frozen=frozen)
+    torch.manual_seed(1)
+    with fewbit.scope(exact=True, min_bytes=0):
+        y = torch.compile(net, backend=backend, fullgraph=True)(torch.randn(ROWS, 3))
+    y.square().sum().backward()
+    assert error([p.grad for p in net.parameters() if p.grad is not None], expected) < 1e-6
+    assert before == (1 if frozen else 2) * SIZE
 
 
 @pytest.mark.parametrize(("frozen", "backend"), [(False, "inductor"), (False, "aot_eager"), (True, "aot_eager")])
@@ -143,11 +162,6 @@ def test_one_graph_has_both() -> None:
 
     held, _ = ran(Both(), scoped=True)
     assert held == SIZE + CODES
-
-
-def as_it_is(module: Any, _: Any) -> Any:
-    """A backend that runs what Dynamo traced."""
-    return module.forward
 
 
 @pytest.mark.parametrize("frozen", [False, True])

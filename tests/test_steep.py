@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+import fewbit_hooks as fewbit
 from fewbit_hooks import _steep
 
-from .conftest import quiet
+from .conftest import held_for_backward, quiet
 
 Loss = Callable[[Tensor], Tensor]
 
@@ -109,6 +110,20 @@ def test_what_is_kept_is_counted_as_that() -> None:
     assert (sigmoid.original_bytes, sigmoid.stored_bytes, sigmoid.freed_bytes) == (nbytes, 0, 0)
     assert (tanh.bits, tanh.original_bytes, tanh.stored_bytes) == (3, nbytes, nbytes * 3 // 32)
     assert tanh.freed_bytes == nbytes
+
+
+@pytest.mark.parametrize("loss", ["ranking", "squashed", "Normal", "reciprocal", "parts"])
+def test_a_profile_knows_it(loss: str) -> None:
+    def held(opened: Any) -> tuple[Tensor, int]:
+        z = far_out()
+        with opened:
+            found = LOSSES[loss](z)
+        return found, sum(held_for_backward(found, tables=False).values())
+
+    predicted = fewbit.profile(lambda: LOSSES[loss](far_out()), min_bytes=0).predictions[2]
+    found, measured = held(quiet(bits=3))
+    assert 0 <= measured - predicted.held_bytes < 64  # numbers that a quotient keeps as tensors
+    assert found.requires_grad
 
 
 @pytest.mark.parametrize(
