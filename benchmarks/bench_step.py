@@ -50,6 +50,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Of parameters and floating-point inputs."""
 LEARN = 3
 """Steps after which a scope has learned what others keep."""
+GRAPHS = 64
+"""Of a function that all rows share, before Dynamo leaves it to Python: each row's copy of the model has one or two."""
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,7 @@ ROWS: dict[str, Way] = {
     "selective checkpoint": lambda model: (selectively_checkpointed(model), contextlib.nullcontext()),
     "compiled": compiled,
     "compiled, scope(bits=3)": lambda model: compiled(model, fewbit.scope(bits=3)),
+    "compiled, scope(exact=True)": lambda model: compiled(model, fewbit.scope(exact=True)),
     "compiled, budget 0.5": lambda model: compiled(model, budget=0.5),
     "compiled, budget 0.5, scope(bits=3)": lambda model: compiled(model, fewbit.scope(bits=3), budget=0.5),
 }
@@ -292,6 +295,7 @@ def measure(
     """The figures of a model, by row and column."""
     torch.manual_seed(0)
     torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = GRAPHS
     model, batch = there(case, device, dtype, times)
     runners = {name: Runner(way, model, batch) for name, way in rows.items()}
     runners = {name: runner for name, runner in runners.items() if does_something(name, runner, model)}

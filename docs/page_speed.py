@@ -64,12 +64,11 @@ LESSONS = """\
   where the rest does not suffice; what it keeps is not a scope's to shrink.
 - **Few bits** cost least where the output is kept anyway (one bit), and are what helps under frozen layers without
   adapters. Where something behind the activation can be computed again, keeping the input is smaller, and exact.
-- **Compiled**, three bits cost what can hardly be told from the noise, beside the compiled model without a scope. The
-  table was measured with codes beside the outputs that a graph keeps. [Now the input alone is kept
-  there](how-it-works.md#in-a-compiled-graph), with few bits as with `exact=True`, and the gradients are exact: of
-  RoBERTa 102.7 MiB in place of 104.9, 5e-07 from stock in place of 6e-02; of ViT 123.1 in place of 126.7, 1e-06 in
-  place of 1e-01; of GPT-2 78.0 in place of 80.2, 9e-07 in place of 1e-01; of Llama, whose SwiGLU keeps its inputs
-  anyway, 101.1 as before, 1e-06 in place of 7e-02. The masks of LoRA's dropouts, 8 % of what is kept, take a bit.
+- **Compiled**, a scope costs what cannot be told from the noise there, and the graph keeps a fifth less (RoBERTa,
+  ViT), a quarter less (GPT-2), or as much (Llama, whose SwiGLU computes its activations again anyway), with few bits as
+  with `exact=True`: where an output is read in backward nothing is approximated, and
+  [the input alone is kept](how-it-works.md#in-a-compiled-graph). The masks of LoRA's dropouts, 8 % of what is kept,
+  take a bit.
 - **`recompute=True` changes nothing in a compiled graph**: what is computed again there is the compiler's choice. It
   makes it more freely with `torch._functorch.config.aggressive_recomputation = True`, an option of PyTorch's: Llama
   keeps 64.0 MiB then, in place of 101.1, and RoBERTa 94.1 in place of 130.0, and 90.8 with a scope.

@@ -17,6 +17,7 @@ that it holds, the input above all, when its call is over.
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -99,9 +100,8 @@ class Packed:
 
     def keep(self) -> int:
         """Have the tensor, which is at hand, from now on; returns the bytes of the codes, which are let go of."""
-        stored = nbytes(self.codes) if isinstance(self.codes, Tensor) else 0
         self.kept, self.codes = self.at_hand, None
-        return stored
+        return ops.packed_bytes(math.prod(self.layout.shape), self.bits)
 
     def unpack(self) -> Tensor:
         """The stand-ins: a tensor for which the node's own backward gives the few-bit derivative."""
@@ -365,7 +365,7 @@ class PackHook:
         # each is handed on by itself: an offloader gives back what it was handed once
         codes = HandedCodes(self._codes, self._around) if self._around is not None else self._codes
         packed = Packed(codes, rows, plan.bits, layout, order, name, step, self._flag)
-        if name in _steep.SATURATE and self._around is None:
+        if name in _steep.SATURATE:
             packed.at_hand, self._latest = Kept(t, name), packed
         return packed
 

@@ -52,9 +52,14 @@ def _operations(names: str) -> frozenset[Any]:
     return frozenset(getattr(torch.ops.aten, name) for name in names.split())
 
 
-MAGNIFY = _operations("log log2 log10 log1p logit reciprocal rsqrt xlogy special_entr binary_cross_entropy")
+MAGNIFY = _operations(
+    "acos acosh asin atanh binary_cross_entropy digamma erfinv lgamma log log10 log1p log2 logit reciprocal rsqrt "
+    "special_entr sqrt xlogy"
+)
 """What makes of a small error in a small number a large one."""
-MOVE = _operations("_to_copy cat clone gather index index_select repeat stack")
+MOVE = _operations(
+    "_to_copy amax amin cat clone flip gather index index_select masked_select max min repeat roll sort stack topk"
+)
 """What does not change a number: views do not, either."""
 MAGNIFIED_WITHIN = 64
 """Nodes that are looked at."""
@@ -179,6 +184,8 @@ def _is_magnified(output: torch.fx.Node) -> bool:
         for user in node.users:
             operation = getattr(user.target, "overloadpacket", None)
             if operation in MAGNIFY or (operation is torch.ops.aten.div and user.args[1] is node):
+                return True
+            if operation is torch.ops.aten.pow and isinstance(power := user.args[1], (int, float)) and power < 1:
                 return True
             if user not in seen and (operation in MOVE or _is_pointwise(user.target)):
                 seen.add(user)

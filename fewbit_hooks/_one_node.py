@@ -127,7 +127,7 @@ def run_coded(
     with hooks if hands_over else contextlib.nullcontext():
         y: Tensor = _Coded.apply(x, call)  # type: ignore[no-untyped-call]
     name = plan.activation.name
-    if inverse is None and call.around is None and name in _steep.SATURATE and call.row is not None:
+    if inverse is None and name in _steep.SATURATE and call.row is not None:
         call.instead.at_hand = Kept(x, name)
         _steep.remember(y, call.instead, ledger, call.row)
     return y

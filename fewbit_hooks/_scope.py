@@ -256,7 +256,6 @@ class scope:
 
         A step is all that was saved since the last backward began.
         """
-        _steep.forget()
         return Report.from_ledger(self._ledger, self._settings.bits is None)
 
     def _warn_if_nothing_was_compressed(self) -> None:

@@ -6,17 +6,17 @@ Far out, where sigmoid's derivative has gone to 0, all inputs share one code, wh
 hardly more than 0, and does no harm; but whoever takes a logarithm of the output, or divides by it, multiplies it by
 one over what is left of the output there. Of `-log(sigmoid(z) + 1e-8)` at z = -15 the gradient is 1, and that of 3 bits
 is 7,000. Such are `BCELoss`, ranking losses, a tanh-Gaussian policy (`log(1 - a * a + 1e-6)`), a standard deviation
-that is a softplus.
+that is a softplus. Roots, and what else has a pole or an infinite slope there, are alike.
 
-So the latest of what was coded stays at hand for a moment, as its node would have kept it. When a logarithm or a
-quotient is taken of something that was made of it by pointwise operations, it is kept after all, in the place of its
+So the latest of what was coded stays at hand for a moment, as its node would have kept it. When a logarithm, a quotient
+or the like is taken of something that was made of it by pointwise operations, it is kept after all, in the place of its
 codes: the gradient is exact, in the first step, too.
 
-1. At hand are the tensors of the latest `RECENT` calls of a thread; none when a scope has been left, a backward begins
-   or a report is made. They lie beside the codes, in what the graph keeps, and go with that.
+1. At hand are the tensors of the latest `RECENT` calls of a thread; none when a scope has been left or a backward
+   begins. They lie beside the codes, in what the graph keeps, and go with that.
 2. A tensor is at hand detached, with its version. One that was changed meanwhile is not taken.
-3. From the logarithm back to the activation the graph is followed through nodes that are `POINTWISE`, or move elements;
-   a matrix product, a sum or a softmax between them is no concern of this.
+3. From the logarithm back to the activation the graph is followed through nodes that are `POINTWISE`, or move elements.
+   A matrix product, a sum or a softmax between them ends that: hardly is a sum as small as its smallest element.
 
 In a compiled graph the same is asked of what has been traced: `choose` in `_in_graph.py`.
 """
@@ -64,7 +64,7 @@ class Packed(Protocol):
         """Have what is at hand in the place of codes; returns the bytes that are let go of."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Operand:
     """Which argument of a callable is in the logarithm, or below.
 
@@ -81,27 +81,43 @@ class Operand:
         return args[self.place] if len(args) > self.place else kwargs.get(self.name)
 
 
+class Base(Operand):
+    """That of a power, which is steep where the exponent is less than 1."""
+
+    def of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        exponent = EXPONENT.of(args, kwargs)
+        return None if isinstance(exponent, (int, float)) and exponent >= 1 else super().of(args, kwargs)
+
+
+EXPONENT = Operand(1, "exponent")
+
+# of each name every form that there is: of torch, of a tensor, in place, of torch.special, of torch.ops.aten
 _CALLS = {
-    Operand(
-        0, "input"
-    ): "torch.log torch.log_ torch.log2 torch.log10 torch.log1p torch.logit torch.reciprocal torch.rsqrt "
-    "Tensor.log Tensor.log_ Tensor.log2 Tensor.log10 Tensor.log1p Tensor.logit Tensor.reciprocal Tensor.rsqrt "
-    "Tensor.__rtruediv__ Tensor.__rdiv__ torch.special.log1p torch.special.logit torch.special.entr "
-    "F.binary_cross_entropy F.poisson_nll_loss torch.ops.aten.log torch.ops.aten.log1p torch.ops.aten.reciprocal "
-    "torch.ops.aten.binary_cross_entropy",
-    Operand(1, "other"): "torch.div torch.divide torch.true_divide torch.xlogy torch.special.xlogy "
-    "Tensor.div Tensor.div_ Tensor.divide Tensor.true_divide Tensor.__truediv__ Tensor.__itruediv__ Tensor.__div__ "
-    "Tensor.xlogy torch.ops.aten.div",
+    Operand(0, "input"): (
+        "acos acosh asin atanh digamma erfinv lgamma log log10 log1p log2 logit reciprocal rsqrt sqrt"
+    ),
+    Operand(1, "other"): "div divide true_divide xlogy",
+    Base(0, "input"): "pow",
+}
+# and of these this one
+_BY_NAME = {
+    Operand(0, "input"): "Tensor.__rtruediv__ Tensor.__rdiv__ torch.special.entr F.binary_cross_entropy "
+    "F.poisson_nll_loss torch.ops.aten.binary_cross_entropy",
+    Operand(1, "other"): "Tensor.__truediv__ Tensor.__itruediv__ Tensor.__div__ torch.special.xlog1py",
     Operand(2, "var"): "F.gaussian_nll_loss",
+    Base(0, "input"): "Tensor.__pow__ Tensor.__ipow__",
 }
-STEEP: dict[Any, Operand] = {
-    function: operand for operand, paths in _CALLS.items() for path in paths.split() for function in _callables(path)
-}
+STEEP: dict[Any, Operand] = {}
+for _operand, _names in _CALLS.items():
+    for _form in ("torch.{}", "torch.{}_", "Tensor.{}", "Tensor.{}_", "torch.special.{}", "torch.ops.aten.{}"):
+        STEEP |= {function: _operand for name in _names.split() for function in _callables(_form.format(name))}
+for _operand, _names in _BY_NAME.items():
+    STEEP |= {function: _operand for path in _names.split() for function in _callables(path)}
 
 _POINTWISE = (
-    "Abs Add Alias Cat Clamp ClampMax ClampMin Clone Div Expand Gather Index IndexSelect MaskedFill Maximum Minimum "
-    "Mul Neg Permute Pow Repeat ReshapeAlias Rsub Select Slice Split SplitWithSizes Sqrt Squeeze Stack Sub T ToCopy "
-    "Transpose Unbind UnsafeView Unsqueeze View Where"
+    "Abs Add Addcmul Alias Amax Amin Cat Clamp ClampMax ClampMin Clone Div Expand Flip Gather Index IndexSelect Lerp "
+    "MaskedFill MaskedSelect Max Maximum Min Minimum Mul Neg Permute Pow Repeat ReshapeAlias Roll Rsub Select Slice "
+    "Sort Split SplitWithSizes Squeeze Stack Sub T ToCopy Topk Transpose Unbind UnsafeView Unsqueeze View Where"
 )
 POINTWISE = frozenset(_POINTWISE.split())
 """Nodes, as they are named."""

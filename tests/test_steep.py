@@ -40,6 +40,17 @@ def parts(z: Tensor) -> Tensor:
     return torch.log(1.0 - torch.stack([first, second]).pow(2) + 1e-6).mean()
 
 
+def chosen(z: Tensor) -> Tensor:
+    p = torch.lerp(torch.sigmoid(z), torch.zeros(64), 0.1)
+    best, second = p.topk(2, dim=1).values.unbind(1)
+    return (best.log() - p.amin(1).log() + p.min(0).values.log() + second.flip(0).log()).mean()
+
+
+def beta(z: Tensor) -> Tensor:
+    concentration = F.softplus(z) + 1e-4
+    return -torch.distributions.Beta(concentration, 1.0).log_prob(torch.full_like(z, 0.5)).mean()
+
+
 LOSSES: dict[str, Loss] = {
     "ranking": lambda z: -torch.log(torch.sigmoid(z) + 1e-10).mean(),
     "both sides": lambda z: -(torch.sigmoid(z) + 1e-8).log().mean() - (1 - torch.sigmoid(z) + 1e-8).log().mean(),
@@ -57,6 +68,12 @@ LOSSES: dict[str, Loss] = {
     "rsqrt": lambda z: (F.softplus(z) + 1e-6).rsqrt().mean(),
     "quotient": lambda z: (z / (torch.sigmoid(z) + 1e-3)).mean(),
     "quotient in place": lambda z: torch.ones_like(z).div_(torch.sigmoid(z) + 1e-3).mean(),
+    "square root": lambda z: (F.softplus(z) + 1e-8).sqrt().mean(),
+    "power": lambda z: ((torch.sigmoid(z) + 1e-6) ** -0.5).mean(),
+    "power in place": lambda z: (F.elu(z) + 1.001).pow_(0.3).mean(),
+    "inverse": lambda z: torch.atanh(torch.tanh(z) * 0.9999).mean(),
+    "Beta": beta,
+    "chosen": chosen,
     "in place": in_place,
     "activation in place": lambda z: (z * 1).sigmoid_().log().mean(),
 }
@@ -133,6 +150,7 @@ def test_a_profile_knows_it(loss: str) -> None:
         lambda z: F.binary_cross_entropy_with_logits(torch.tanh(z), torch.ones_like(z)),
         lambda z: torch.log_softmax(torch.tanh(z), 1).mean(),
         lambda z: (torch.sigmoid(z) / 8.0).sum(),
+        lambda z: (torch.sigmoid(z) ** 2).sum(),
         lambda z: (torch.tanh(z) / torch.linalg.vector_norm(torch.tanh(z))).square().sum(),
         lambda z: torch.log(1 + torch.tanh(z) @ torch.eye(64)).sum(),
         lambda z: torch.log(torch.tanh(z.detach()) + 2).sum() + torch.tanh(z).sum(),
@@ -172,6 +190,25 @@ def test_what_is_at_hand_goes_with_the_graph_and_with_the_scope() -> None:
         assert not storage.expired()
     assert storage.expired()
     assert y.requires_grad
+
+
+def test_a_report_in_between_changes_nothing() -> None:
+    z = far_out()
+    with quiet(bits=1) as opened:
+        p = torch.sigmoid(z) + 1e-6
+        between = opened.report()
+        loss = p.log().mean()
+    assert [row.freed_bytes for row in between.rows] == [0]  # it is at hand
+    assert torch.equal(torch.autograd.grad(loss, z)[0], gradient(lambda z: (torch.sigmoid(z) + 1e-6).log().mean()))
+
+
+@pytest.mark.parametrize("engine", ["hooks", "fused"])
+def test_under_hooks_of_others_around_the_scope(engine: str) -> None:
+    z, opened = far_out(), quiet(bits=1, engine=engine)
+    with torch.autograd.graph.save_on_cpu(), opened:
+        loss = LOSSES["ranking"](z)
+    assert torch.equal(torch.autograd.grad(loss, z)[0], gradient(LOSSES["ranking"]))
+    assert [(row.bits, row.stored_bytes) for row in opened.report().rows] == [(None, 0)]
 
 
 def test_a_backward_inside_the_scope_lets_go_of_what_is_at_hand() -> None:
@@ -217,7 +254,7 @@ def test_it_may_be_differentiated_twice() -> None:
     assert torch.equal(second(quiet(bits=3)), second(contextlib.nullcontext()))
 
 
-COMPILED = ["ranking", "BCELoss", "Bernoulli", "parts", "Normal", "elu", "reciprocal", "in place"]
+COMPILED = ["ranking", "BCELoss", "Bernoulli", "parts", "chosen", "Normal", "elu", "reciprocal", "in place"]
 
 
 @pytest.mark.filterwarnings("ignore")  # Dynamo's own
