@@ -84,6 +84,21 @@ def _taken_back(packed: Beside | HandedCodes | Tensor) -> Tensor:
     return packed.unpack() if isinstance(packed, HandedCodes) else packed
 
 
+class _Instead:
+    """What a node has the derivative from in place of its codes: the input, if it is kept after all (`_steep.py`)."""
+
+    __slots__ = ("__weakref__", "at_hand", "kept")
+
+    def __init__(self) -> None:
+        self.kept: Kept | None = None
+        self.at_hand: Kept | None = None
+
+    def keep(self) -> int:
+        """From now on; returns the bytes that are let go of: none, as a node has what it saved."""
+        self.kept = self.at_hand
+        return 0
+
+
 @dataclass(slots=True)
 class _Call:
     """What `run_coded` was given, and what is put in the place of what its node saves."""
@@ -97,7 +112,7 @@ class _Call:
     primitives: Saves | None
     around: Hooks | None
     handover: _Handover = field(default_factory=_Handover)
-    instead: _Instead = field(default_factory=lambda: _Instead())
+    instead: _Instead = field(default_factory=_Instead)
     row: Row | None = None
 
 
@@ -131,21 +146,6 @@ def run_coded(
         call.instead.at_hand = Kept(x, name)
         _steep.remember(y, call.instead, ledger, call.row)
     return y
-
-
-class _Instead:
-    """What a node has the derivative from in place of its codes: the input, if it is kept after all (`_steep.py`)."""
-
-    __slots__ = ("__weakref__", "at_hand", "kept")
-
-    def __init__(self) -> None:
-        self.kept: Kept | None = None
-        self.at_hand: Kept | None = None
-
-    def keep(self) -> int:
-        """From now on; returns the bytes that are let go of: none, as a node has what it saved."""
-        self.kept = self.at_hand
-        return 0
 
 
 class _Coded(torch.autograd.Function):

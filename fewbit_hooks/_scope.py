@@ -51,7 +51,7 @@ from ._policy import Bits, Exclude
 from ._recompute_calls import EXPOSES, RECOMPUTE
 from ._report import Report
 from ._sites import learned_under
-from ._steep import STEEP
+from ._steep import STEEP, any_recent
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -301,15 +301,9 @@ class scope:
 
 
 class _Mode(TorchFunctionMode):
-    """Sees every torch call of its thread. One a thread.
-
-    Attributes:
-        entry: the active scope's.
-        steep: something is at hand of which a logarithm may be taken: see `_steep.py`.
-    """
+    """Sees every torch call of its thread. One a thread; `entry` is the active scope's."""
 
     entry: _stack.Entry | None = None
-    steep = False
 
     @_compiled.never_by_itself
     def __torch_function__(
@@ -320,10 +314,11 @@ class _Mode(TorchFunctionMode):
             entry = self.entry
             if (
                 entry is not None
-                and (entry.recomputes or entry.inside or self.steep or EXPOSES.get(func))
+                and (entry.recomputes or entry.inside or EXPOSES.get(func) or any_recent())
                 and not torch.compiler.is_compiling()
             ):
-                if self.steep and (operand := STEEP.get(func)) is not None:
+                operand = STEEP.get(func)
+                if operand is not None:
                     _compiled.plainly(functools.partial(_steep.look, operand, args, kwargs or {}))
                 again = RECOMPUTE.get(func)
                 if again is not None:

@@ -33,7 +33,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import _stack
 from ._calls import _callables
 from ._ledger import Ledger, Row
 
@@ -149,22 +148,26 @@ _thread = _Thread()
 
 def remember(y: Tensor, packed: Packed, ledger: Ledger, row: Row) -> None:
     """A call was coded, and has its output."""
-    mode = _stack.this_thread.mode
-    if y.grad_fn is None or mode is None:
+    if y.grad_fn is None:
         packed.at_hand = None
         return
     _thread.recent.append(_Recent(y.grad_fn._sequence_nr(), weakref.ref(packed), ledger, row))
-    mode.steep = True
     if len(_thread.recent) > RECENT:
         _let_go(_thread.recent.popleft())
+
+
+def any_recent() -> bool:
+    """Whether anything is at hand on this thread. Runs in Python, where it is traced: no graph depends on it."""
+    return bool(_thread.recent)
+
+
+any_recent._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def forget() -> None:
     """Have nothing at hand."""
     while _thread.recent:
         _let_go(_thread.recent.popleft())
-    if _stack.this_thread.mode is not None:
-        _stack.this_thread.mode.steep = False
 
 
 def _let_go(call: _Recent) -> None:

@@ -271,3 +271,13 @@ def test_codes_stay_in_a_compiled_graph_without_logarithm(fresh_dynamo: None) ->
 
     grad = gradient(torch.compile(loss, backend="aot_eager", fullgraph=True), quiet(bits=1))
     assert len(grad.unique()) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_block_behind_what_is_at_hand_is_compiled_once(fresh_dynamo: None) -> None:
+    block = torch.compile(nn.Sequential(nn.Linear(64, 64), nn.GELU()), backend="aot_eager", fullgraph=True)
+    for before in (torch.tanh, torch.relu, torch.tanh):
+        with quiet(bits=3):
+            loss = block(before(far_out())).sum()
+        loss.backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
