@@ -19,7 +19,7 @@ the graph saves the codes in the activation's place.
 5. Codes beside what is kept anyway would approximate for nothing. Only when the backward has been traced as far as the
    activation is it known what that reads of it; so under AOTAutograd the activation and its codes are both in what
    Dynamo traces, and `choose` takes one of them (`CodedOrNot`). Other backends have the codes (`Coded`). With
-   `exact=True` there are none, and what can be computed again is not kept.
+   `exact=True` there are none, and an output that the backward reads is computed again (`again`).
 
 The operations are those of `_in_graph.py`.
 """
@@ -36,7 +36,7 @@ from torch.autograd import forward_ad
 
 from . import _policy
 from ._calls import Call
-from ._in_graph import UNCODED, Coded, CodedOrNot, Constants, Dropped, choose
+from ._in_graph import UNCODED, Coded, CodedOrNot, Constants, Dropped, again, choose
 from ._mask_calls import MaskCall
 from ._policy import Settings
 
@@ -144,7 +144,7 @@ def run(
         return _run_dropout(coding, call, func, args, kwargs)
     if call.activation is None or call.activation.exact:
         return func(*args, **kwargs)
-    x = args[0] if args else kwargs.get("input", kwargs.get("self"))
+    x: Any = args[0] if args else kwargs.get("input", kwargs.get("self"))
     rest = {key: value for key, value in kwargs.items() if key not in ("input", "self")}
     constants = None
     if composite is not False and call.one_node is None:
@@ -160,6 +160,8 @@ def run(
             y = func(*args, **kwargs)
     if constants is None:
         return y
+    if not constants[0]:
+        return again(x, y)
     return CodedOrNot.apply(x, y, call.activation.saves != "output", constants)  # type: ignore[no-untyped-call]
 
 
@@ -248,6 +250,7 @@ def _traces_backward() -> bool:
     if _backend() not in AOT:
         return False
     torch._dynamo.allow_in_graph(choose)
+    torch._dynamo.allow_in_graph(again)
     return True
 
 

@@ -45,7 +45,7 @@ SELECTED = 4
 Constants = tuple[int, tuple[float, ...], tuple[float, ...], bool]
 """Bits, boundaries, levels, folded."""
 UNCODED: Constants = (0, (), (), False)
-"""Of an activation that is not to be approximated."""
+"""Those of an activation that is not to be approximated; see `again`."""
 
 
 def _operations(names: str) -> frozenset[Any]:
@@ -86,16 +86,14 @@ class Coded(torch.autograd.Function):
 class CodedOrNot(torch.autograd.Function):
     """Behind an activation: its gradient by codes, or by the activation itself where its output or input is kept.
 
-    Only AOTAutograd knows what is, once it traces the backward; see `choose`. Where there are no bits it is always the
-    latter.
+    Only AOTAutograd knows what is, once it traces the backward; see `choose`.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, again: bool, constants: Constants) -> Tensor:
         bits, boundaries, _, folded = constants
         y = y.clone()  # a view could not be changed in place; a compiler makes no copy
-        packed = pack_bits(encode(x, boundaries, folded), bits) if bits else []
-        ctx.save_for_backward(x, y, *packed)
+        ctx.save_for_backward(x, y, *pack_bits(encode(x, boundaries, folded), bits))
         ctx.constants, ctx.again = constants, again
         return y
 
@@ -104,7 +102,7 @@ class CodedOrNot(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         bits, _, levels, _ = ctx.constants
         x, y, *packed = ctx.saved_tensors
-        of_x, of_y = choose(x, y, multiply(grad, packed, bits, levels) if bits else None, grad, ctx.again)
+        of_x, of_y = choose(x, y, multiply(grad, packed, bits, levels), grad, ctx.again)
         return of_x, of_y, None, None
 
 
@@ -125,9 +123,7 @@ class Dropped(torch.autograd.Function):
         return _whole([backward(part, bit.to(torch.bool), ctx.scale) for part, bit in parts], grad), None
 
 
-def choose(
-    x: Tensor, y: Tensor, coded: Tensor | None, grad: Tensor, again: bool
-) -> tuple[Tensor | None, Tensor | None]:
+def choose(x: Tensor, y: Tensor, coded: Tensor, grad: Tensor, again: bool) -> tuple[Tensor | None, Tensor | None]:
     """The gradient that goes to an activation's input, from codes, or the one that goes to the activation, which makes
     its own of it. Dynamo leaves the call in the graph; AOTAutograd makes it, while it traces the backward.
 
@@ -136,7 +132,6 @@ def choose(
     is not used of the two ways is no part of the graph in the end.
 
     Args:
-        coded: the former; None where there are no codes.
         again: the activation's derivative is of its input. So that is kept, and the output can be computed again, which
             a compiler does not do by itself where a matrix product reads it. Else the output is kept, and not copied.
     """
@@ -145,13 +140,33 @@ def choose(
         return coded, grad  # Dynamo asks what comes out
     given, output = _node_of(x, proxies), _node_of(y, proxies)
     if given is None or output is None:
-        return (coded, None) if coded is not None else (None, grad)
+        return coded, None
     if not (_is_read_in_backward(output) or _is_read_in_backward(given)):
         changed = output.target is not torch.ops.aten.clone.default  # in place: what was made of it before is not seen
-        return (coded, None) if coded is not None and not (changed or _is_magnified(output)) else (None, grad)
-    for node in _between(given, output) if again else [output]:
-        node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
+        return (None, grad) if changed or _is_magnified(output) else (coded, None)
+    _prefer_again(_between(given, output) if again else [output])
     return None, grad
+
+
+def again(x: Tensor, y: Tensor) -> Tensor:
+    """The output of an activation that is not coded: where the backward reads it, it is computed again from the input,
+    which is kept. Dynamo leaves the call in the graph; AOTAutograd makes it, while it traces the forward."""
+    proxies = get_proxy_mode()
+    if proxies is not None and y.requires_grad:
+        given, output = _node_of(x, proxies), _node_of(y, proxies)
+        if given is not None and output is not None:
+            y.register_hook(functools.partial(_look, given, output))  # when all that reads it in backward is traced
+    return y
+
+
+def _look(given: torch.fx.Node, output: torch.fx.Node, _: Tensor) -> None:
+    if _is_read_in_backward(output):
+        _prefer_again(_between(given, output))
+
+
+def _prefer_again(nodes: list[torch.fx.Node]) -> None:
+    for node in nodes:
+        node.meta.setdefault("recompute", CheckpointPolicy.PREFER_RECOMPUTE)
 
 
 def _node_of(t: Any, proxies: Any) -> torch.fx.Node | None:

@@ -136,9 +136,10 @@ def test_a_gated_product_is_exact_and_keeps_what_it_kept(frozen: bool, backend: 
     ],
     ids=["views", "its input is read", "changed in place"],
 )
-def test_it_is_exact_whoever_reads_it_and_through_views(between: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize("exact", [False, True])
+def test_it_is_exact_whoever_reads_it_and_through_views(between: Callable[[Tensor], Tensor], exact: bool) -> None:
     _, expected = ran(Net(between), scoped=False, backend="aot_eager")
-    _, found = ran(Net(between), scoped=True, backend="aot_eager")
+    _, found = ran(Net(between), scoped=True, backend="aot_eager", exact=exact)
     assert error(found, expected) < 1e-6
 
 

@@ -591,7 +591,6 @@ def test_an_export_of_the_model_is_what_it_was(strict: bool, x: Tensor) -> None:
     assert torch.equal(program.module()(x), model(x))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Dynamo's own
 @pytest.mark.parametrize("settings", [{"exact": True, "recompute": True}, {"bits": None}], ids=["exact", "none"])
 def test_a_compiled_model_runs_unbroken_and_as_stock(settings: dict[str, Any], x: Tensor) -> None:
     torch._dynamo.reset()

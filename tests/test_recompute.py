@@ -1049,7 +1049,6 @@ def test_transforms_of_torch_func_are_left_alone(transform: str, x: Tensor) -> N
         assert torch.equal(run(), stock)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Dynamo's own
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_a_compiled_model_is_stocks(fullgraph: bool, x: Tensor) -> None:
     torch._dynamo.reset()
@@ -1061,7 +1060,6 @@ def test_a_compiled_model_is_stocks(fullgraph: bool, x: Tensor) -> None:
         assert bit_equal(step(compiled, x, exact()), stock)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Dynamo's own
 def test_a_compiled_llama_is_stocks() -> None:
     torch._dynamo.reset()
     model, batch = copy.deepcopy(tiny("llama", "sdpa"))
