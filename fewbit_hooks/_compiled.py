@@ -116,10 +116,8 @@ def coding(settings: Settings) -> Coding | None:
     return _coding(bits.get("default"), named, False, masks, settings.min_bytes)
 
 
-@functools.cache
-def _coding(*settings: Any) -> Coding:
-    """One object for equal settings: Dynamo guards what is handed to `_constants` by its identity."""
-    return Coding(*settings)
+_coding = functools.cache(Coding)
+"""One object for equal settings: Dynamo guards what is handed to `_constants` by its identity."""
 
 
 def run(

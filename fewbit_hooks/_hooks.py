@@ -71,10 +71,10 @@ class HandedCodes(Handed):
         return self._receipt.redeem(super().unpack())
 
 
-class Packed:
+class Packed(_steep.Instead):
     """Codes in the place of a saved tensor; and a flag, see `Plan.encode`. Or the tensor after all, see `_steep.py`."""
 
-    __slots__ = ("__weakref__", "at_hand", "bits", "codes", "flag", "kept", "layout", "name", "order", "rows", "step")
+    __slots__ = ("bits", "codes", "flag", "layout", "name", "order", "rows", "step")
 
     def __init__(
         self,
@@ -87,6 +87,7 @@ class Packed:
         step: Step,
         flag: Tensor | None = None,
     ) -> None:
+        super().__init__()
         self.codes = codes
         self.rows = rows
         self.bits = bits
@@ -95,12 +96,10 @@ class Packed:
         self.name = name
         self.step = step
         self.flag = flag
-        self.kept: Kept | None = None
-        self.at_hand: Kept | None = None
 
     def keep(self) -> int:
-        """Have the tensor, which is at hand, from now on; returns the bytes of the codes, which are let go of."""
-        self.kept, self.codes = self.at_hand, None
+        super().keep()
+        self.codes = None
         return ops.packed_bytes(math.prod(self.layout.shape), self.bits)
 
     def unpack(self) -> Tensor:

@@ -32,6 +32,7 @@ from torch.autograd.function import once_differentiable
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.utils.checkpoint import CheckpointPolicy
 
+from ._steep import STEEP
 from .ops import Thresholds
 
 COMPARED = 3
@@ -48,18 +49,8 @@ UNCODED: Constants = (0, (), (), False)
 """Those of an activation that is not to be approximated; see `again`."""
 
 
-def _operations(names: str) -> frozenset[Any]:
-    return frozenset(getattr(torch.ops.aten, name) for name in names.split())
-
-
-MAGNIFY = _operations(
-    "acos acosh asin atanh binary_cross_entropy digamma erfinv lgamma log log10 log1p log2 logit reciprocal rsqrt "
-    "special_entr sqrt xlogy"
-)
-"""What makes of a small error in a small number a large one."""
-MOVE = _operations(
-    "_to_copy amax amin cat clone flip gather index index_select masked_select max min repeat roll sort stack topk"
-)
+_MOVE = "_to_copy amax amin cat clone flip gather index index_select masked_select max min repeat roll sort stack topk"
+MOVE = frozenset(getattr(torch.ops.aten, name) for name in _MOVE.split())
 """What does not change a number: views do not, either."""
 MAGNIFIED_WITHIN = 64
 """Nodes that are looked at."""
@@ -197,11 +188,10 @@ def _is_magnified(output: torch.fx.Node) -> bool:
     while stack and len(seen) < MAGNIFIED_WITHIN:
         node = stack.pop()
         for user in node.users:
+            operand = STEEP.get(user.target)
+            if operand is not None and operand.of(user.args, user.kwargs) is node:
+                return True
             operation = getattr(user.target, "overloadpacket", None)
-            if operation in MAGNIFY or (operation is torch.ops.aten.div and user.args[1] is node):
-                return True
-            if operation is torch.ops.aten.pow and isinstance(power := user.args[1], (int, float)) and power < 1:
-                return True
             if user not in seen and (operation in MOVE or _is_pointwise(user.target)):
                 seen.add(user)
                 stack.append(user)

@@ -39,6 +39,7 @@ from ._learning import Site, Verdict
 from ._ledger import CODES, OUTPUT, Ledger, Row
 from ._plan import Plan
 from ._standins import Saves
+from ._steep import Instead
 from ._storages import StorageWeakRef
 from ._watch import Watch
 
@@ -84,21 +85,6 @@ def _taken_back(packed: Beside | HandedCodes | Tensor) -> Tensor:
     return packed.unpack() if isinstance(packed, HandedCodes) else packed
 
 
-class _Instead:
-    """What a node has the derivative from in place of its codes: the input, if it is kept after all (`_steep.py`)."""
-
-    __slots__ = ("__weakref__", "at_hand", "kept")
-
-    def __init__(self) -> None:
-        self.kept: Kept | None = None
-        self.at_hand: Kept | None = None
-
-    def keep(self) -> int:
-        """From now on; returns the bytes that are let go of: none, as a node has what it saved."""
-        self.kept = self.at_hand
-        return 0
-
-
 @dataclass(slots=True)
 class _Call:
     """What `run_coded` was given, and what is put in the place of what its node saves."""
@@ -112,7 +98,7 @@ class _Call:
     primitives: Saves | None
     around: Hooks | None
     handover: _Handover = field(default_factory=_Handover)
-    instead: _Instead = field(default_factory=_Instead)
+    instead: Instead = field(default_factory=Instead)
     row: Row | None = None
 
 

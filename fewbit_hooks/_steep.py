@@ -53,14 +53,28 @@ class Kept(Protocol):
     tensor: Tensor
     version: int
 
+    def unpack(self) -> Tensor:
+        """The tensor, unless it has been changed."""
 
-class Packed(Protocol):
-    """What stands for a saved tensor, which is at hand beside it for a moment."""
 
-    at_hand: Any
+class Instead:
+    """What may have a saved tensor itself in place of its codes, and has it at hand for a moment.
+
+    Attributes:
+        at_hand: the tensor.
+        kept: the same, from `keep` on.
+    """
+
+    __slots__ = ("__weakref__", "at_hand", "kept")
+
+    def __init__(self) -> None:
+        self.at_hand: Kept | None = None
+        self.kept: Kept | None = None
 
     def keep(self) -> int:
-        """Have what is at hand in the place of codes; returns the bytes that are let go of."""
+        """Have what is at hand, from now on; returns the bytes of codes that are let go of."""
+        self.kept = self.at_hand
+        return 0
 
 
 @dataclass(frozen=True)
@@ -101,7 +115,7 @@ _CALLS = {
 # and of these this one
 _BY_NAME = {
     Operand(0, "input"): "Tensor.__rtruediv__ Tensor.__rdiv__ torch.special.entr F.binary_cross_entropy "
-    "F.poisson_nll_loss torch.ops.aten.binary_cross_entropy",
+    "F.poisson_nll_loss torch.ops.aten.special_entr torch.ops.aten.binary_cross_entropy",
     Operand(1, "other"): "Tensor.__truediv__ Tensor.__itruediv__ Tensor.__div__ torch.special.xlog1py",
     Operand(2, "var"): "F.gaussian_nll_loss",
     Base(0, "input"): "Tensor.__pow__ Tensor.__ipow__",
@@ -133,7 +147,7 @@ class _Recent:
     """
 
     number: int
-    packed: weakref.ref[Packed]
+    packed: weakref.ref[Instead]
     ledger: Ledger
     row: Row
 
@@ -146,7 +160,7 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def remember(y: Tensor, packed: Packed, ledger: Ledger, row: Row) -> None:
+def remember(y: Tensor, packed: Instead, ledger: Ledger, row: Row) -> None:
     """A call was coded, and has its output."""
     if y.grad_fn is None:
         packed.at_hand = None
@@ -183,7 +197,7 @@ def look(operand: Operand, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     for call in [call for call in recent if call.number in numbers]:
         recent.remove(call)
         packed = call.packed()
-        kept: Kept | None = packed.at_hand if packed is not None else None
+        kept = packed.at_hand if packed is not None else None
         if packed is not None and kept is not None and kept.tensor._version == kept.version:
             call.ledger.kept_after_all(call.row, kept.tensor.untyped_storage()._cdata, packed.keep(), KEPT)
         _let_go(call)

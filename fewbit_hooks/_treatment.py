@@ -52,9 +52,7 @@ def run(entry: Entry, call: Call, func: Any, args: tuple[Any, ...], kwargs: dict
         if call.one_node is not None and plan.captures(x):
             raise Keep(_policy.CAPTURED)
     except Keep as keep:
-        site, _ = _site(
-            entry, call.name, recomputes=False, can_look=True
-        )  # which knows the module, and the model around it
+        site, _ = _site(entry, call.name, recomputes=False)  # which knows the module, and the model around it
         return leave(entry, call, str(keep), x, run_it, site)
     if call.one_node is not None:
         return as_one_node(entry, plan, x, run_it, plan.function, plan.primitives(x))
@@ -182,7 +180,7 @@ def as_one_node(
         forward: the same of its input alone.
     """
     ledger, name = entry.scope._ledger, plan.activation.name
-    site, verdict = _site(entry, name, recomputes=entry.recomputes)
+    site, verdict = _site(entry, name, recomputes=entry.recomputes, can_look=False)
     if verdict in (Verdict.LEAVE, Verdict.INPUT):
         y = again(entry, name, forward, x, primitives, site)
         _watch_input(ledger, site, verdict, y)
@@ -221,7 +219,7 @@ def _as_it_is(entry: Entry, call: Call, plan: Plan, x: Tensor, run_it: functools
     return y
 
 
-def _site(entry: Entry, name: str, *, recomputes: bool, can_look: bool = False) -> tuple[Site | None, Verdict]:
+def _site(entry: Entry, name: str, *, recomputes: bool, can_look: bool = True) -> tuple[Site | None, Verdict]:
     """The place that the call comes from, and what is to be done there.
 
     Args:

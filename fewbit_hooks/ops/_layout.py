@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -70,6 +70,14 @@ def chunks(x: Tensor, step: int = 0) -> Iterator[tuple[int, Tensor]]:
         return
     for start in range(0, n, step):
         yield start, _piece(in_order, start, min(start + step, n)).contiguous()
+
+
+def pieces(x: Tensor) -> Iterable[tuple[int, Tensor]]:
+    """As `chunks`, where nothing is made that has the size of a piece: a tensor that is contiguous is a single one, and
+    not looked at further."""
+    if x.is_contiguous() and not x.is_neg():
+        return ((0, x),) if x.numel() else ()
+    return chunks(x.detach())
 
 
 def in_memory_order(x: Tensor) -> Tensor:

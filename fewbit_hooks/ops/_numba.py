@@ -28,7 +28,7 @@ from __future__ import annotations
 import functools
 import math
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -44,7 +44,7 @@ from . import _beside, _team, _torch, _two_values
 from ._beside import in_order_of
 from ._coders import FEW as FEW_IN_TORCH
 from ._coders import Between, Coder, Lookup, Thresholds
-from ._layout import Layout, chunks
+from ._layout import Layout, chunks, pieces
 from ._torch import in_a_row, packed_bytes
 from ._two_values import as_integers
 
@@ -251,13 +251,6 @@ def _together(loop: Loop, of_source: Any, of_table: Any, of_target: Any) -> int:
     return address
 
 
-def _pieces(x: Tensor) -> Iterable[tuple[int, Tensor]]:
-    """As `chunks`, of a tensor of whole groups; one that is contiguous is a single piece, and not looked at further."""
-    if x.is_contiguous() and not x.is_neg():
-        return ((0, x),)
-    return chunks(x.detach())
-
-
 def encode(x: Tensor, bits: int, coder: Coder) -> Tensor:
     """As `_torch.encode`, byte for byte.
 
@@ -270,7 +263,7 @@ def encode(x: Tensor, bits: int, coder: Coder) -> Tensor:
     loop, of, table, scale = way
     packed = torch.empty(packed_bytes(n, bits), dtype=torch.uint8, device=CPU)
     at, entries = packed.data_ptr(), table.numel()
-    for begin, piece in _pieces(x):
+    for begin, piece in pieces(x):
         codes, elements = at + begin // 8 * bits, piece.numel()
         _run(
             loop, of, elements, source=piece.data_ptr(), codes=codes, table=table.data_ptr(), entries=entries,
@@ -339,7 +332,7 @@ def decode_beside(output: Tensor, packed: Tensor | None, table: Tensor, layout: 
     size = layout.dtype.itemsize
     of = FLOATS[output.dtype], MOVED[size], MOVED[size]
     sides, loop = (0, _decode_from) if packed is None else (packed.data_ptr(), _decode_beside)
-    for begin, piece in _pieces(output if output.stride() == layout.stride else in_order_of(layout, output.detach())):
+    for begin, piece in pieces(output if output.stride() == layout.stride else in_order_of(layout, output.detach())):
         _run(
             loop, of, piece.numel(), source=piece.data_ptr(), codes=sides + begin // 8, table=table.data_ptr(),
             entries=table.numel(), target=out.data_ptr() + begin * size,

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from ._coders import FEW, Coder, look_up
 from ._devices import put
-from ._layout import Layout, chunk_size, chunks, computed_in
+from ._layout import Layout, chunk_size, chunks, computed_in, pieces
 
 
 def packed_bytes(n: int, bits: int) -> int:
@@ -185,7 +184,7 @@ def decode(packed: Tensor, rows: Tensor, bits: int, layout: Layout) -> Tensor:
 def has_nan(x: Tensor) -> bool:
     """Whether any element is NaN. The answer makes the host wait for the device."""
     # amax lets NaN through: (measured) 0.03 to 0.09 ns an element, x.isnan().any() 0.4 to 0.7
-    return any(math.isnan(piece.amax().item()) for piece in _pieces(x.detach()))
+    return any(math.isnan(piece.amax().item()) for _, piece in pieces(x.detach()))
 
 
 def not_a_number(x: Tensor, *, or_infinite: bool = False) -> Tensor:
@@ -212,14 +211,7 @@ def not_a_number(x: Tensor, *, or_infinite: bool = False) -> Tensor:
 def is_finite(x: Tensor) -> bool:
     """Whether no element is NaN or infinite. The answer makes the host wait for the device."""
     # (measured) 0.1 to 0.2 ns an element
-    return all(math.isfinite(end.item()) for piece in _pieces(x.detach()) for end in piece.aminmax())
-
-
-def _pieces(x: Tensor) -> Iterable[Tensor]:
-    """Chunks, or the tensor itself where no operation copies it; none of no elements."""
-    if x.is_contiguous() and not x.is_neg() and x.numel():
-        return (x,)
-    return (chunk for _, chunk in chunks(x))
+    return all(math.isfinite(end.item()) for _, piece in pieces(x.detach()) for end in piece.aminmax())
 
 
 def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
